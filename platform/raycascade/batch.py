@@ -1,0 +1,235 @@
+"""One batch of requests as tensors, and `collate`, the only code that makes them.
+
+Shape letters, in every tensor's name: Q requests, C candidates, N items, L history, D width, F fields, T tasks,
+K kept, V values of a multi-valued field. Masks are bool, true = real.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raycascade.features import FeatureState, age_rows, clock_rows, fold
+from raycascade.items import ItemTable
+from raycascade.ragged import Ragged
+from raycascade.schema import (
+    FIRST_ROW, AgeFeature, ClockFeature, CrossFeature, DenseFeature, HistoryFeature, IdFeature, IdsFeature, MatchFeature,
+    VectorFeature,
+)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is known of the logged candidates. `keep` holds the width of each stage's list, `k` the size of the truth.
+
+    relevance_QC: graded, larger = better; reached_QC: the deepest logged level (0 = sampled from the catalogue);
+    labels: each [Q, C] float, NaN where unobserved; log_q_QC: log of the probability with which a candidate was
+    sampled into the list (0 for logged ones), for popularity-corrected losses.
+    """
+
+    relevance_QC: Tensor
+    reached_QC: Tensor
+    mask_QC: Tensor
+    keep: tuple[int, ...]
+    k: int
+    labels: Mapping[str, Tensor]
+    log_q_QC: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`user` holds user and context fields [Q, ...]; `item` item and pair fields [Q, C, ...]; `history` event fields
+    and the events' own item fields [Q, L, ...], oldest first, left-aligned."""
+
+    user: Mapping[str, Tensor]
+    item: Mapping[str, Tensor]
+    history: Mapping[str, Tensor]
+    history_mask_QL: Tensor
+    history_rows_QL: Tensor  # item rows of the events
+    candidates_QC: Tensor  # item rows, 0 where masked
+    mask_QC: Tensor
+    time_ms_Q: Tensor
+    request_ids: tuple[object, ...] = ()
+    exclude: tuple[np.ndarray, ...] = ()  # item rows that must not be recommended, one array a request
+    targets: Targets | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """Q."""
+        return len(self.time_ms_Q)
+
+    def to(self, device: "torch.device | str") -> "Batch":
+        """The same batch with every tensor on another device."""
+        return _moved(self, device)
+
+    def with_candidates(self, rows_QC: Tensor, mask_QC: Tensor, items: ItemTable) -> "Batch":
+        """The same requests over other candidates (the survivors of a stage). There are no targets for them."""
+        rows_QC = torch.where(mask_QC, rows_QC, 0)
+        bare = replace(self, candidates_QC=rows_QC, mask_QC=mask_QC, targets=None)
+        return replace(bare, item=_item_side(bare, items))
+
+
+def _moved(value: object, device: "torch.device | str") -> "object":
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _moved(inner, device) for key, inner in value.items()}
+    if isinstance(value, Batch | Targets):
+        return replace(value, **{name: _moved(inner, device) for name, inner in vars(value).items()})
+    return value
+
+
+def collate(requests: pa.Table, items: ItemTable, *, keep: tuple[int, ...] = (), k: int = 0) -> Batch:
+    """Encoded requests (rows of shards, or `FeatureState.encode_requests`) -> tensors, item fields gathered by row.
+
+    Targets are made where the requests carry feedback (any of reached, relevance or labels). Without candidates
+    C = 0: retrieval needs none.
+    """
+    state, time_ms = items.state, requests["time_ms"].to_numpy()
+    candidates = _lists(requests, "candidates")
+    width = int(candidates.lengths_Q.max(initial=0))
+    rows_QC, mask_QC = candidates.pad(width, np.int64)
+    user = {}
+    for feature in state.schema.side("user", "context"):
+        if not isinstance(feature, HistoryFeature):
+            user |= _request_field(requests, feature, state, time_ms)
+    history, history_rows, history_mask = _history_side(requests, items, time_ms)
+    batch = Batch(
+        user=user, item={}, history=history, history_mask_QL=history_mask, history_rows_QL=history_rows,
+        candidates_QC=torch.from_numpy(rows_QC), mask_QC=torch.from_numpy(mask_QC),
+        time_ms_Q=torch.from_numpy(time_ms.astype(np.int64)),
+        request_ids=tuple(requests["request_id"].to_pylist()) if "request_id" in requests.column_names else (),
+        exclude=_exclusions(requests),
+    )
+    batch = replace(batch, user={**user, **_crosses(batch, state, "request")})
+    batch = replace(batch, item=_item_side(batch, items))
+    return replace(batch, targets=_targets(requests, state, width, batch.mask_QC, keep, k))
+
+
+def _lists(requests: pa.Table, name: str) -> Ragged:
+    if name not in requests.column_names:
+        return Ragged(pa.array([], pa.int32()), np.zeros(len(requests), np.int64))
+    return Ragged.from_arrow(requests[name])
+
+
+def _request_field(requests: pa.Table, feature: object, state: FeatureState, time_ms: np.ndarray) -> dict[str, Tensor]:
+    if isinstance(feature, ClockFeature):
+        return {feature.name: torch.from_numpy(clock_rows(time_ms, feature))}
+    if isinstance(feature, IdsFeature):
+        return {feature.name: torch.from_numpy(_lists(requests, feature.name).pad(feature.max_len, np.int64)[0])}
+    assert isinstance(feature, IdFeature | DenseFeature | VectorFeature), feature
+    column = requests[feature.name].combine_chunks()
+    if isinstance(feature, VectorFeature):
+        return {feature.name: torch.tensor(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, feature.dim))}
+    if isinstance(feature, IdFeature):
+        return {feature.name: torch.from_numpy(column.to_numpy(zero_copy_only=False).astype(np.int64))}
+    names = [feature.name] + ([f"{feature.name}_missing"] if state.dense[feature.name].missing else [])
+    return {name: torch.tensor(requests[name].to_numpy().astype(np.float32)) for name in names}
+
+
+def _history_side(requests: pa.Table, items: ItemTable, time_ms: np.ndarray) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    state, feature = items.state, items.state.schema.history
+    if feature is None:
+        nothing = np.zeros((len(requests), 0), np.int64)
+        return {}, torch.from_numpy(nothing), torch.from_numpy(nothing.astype(bool))
+    lists = _lists(requests, "history")
+    width = min(feature.max_len, int(lists.lengths_Q.max(initial=0)))
+    rows, mask = lists.pad(width, np.int64, newest=True)
+    fields = items.fields(rows, 0, names=state.space.history_fields)
+    for event in state.schema.side("event"):
+        if isinstance(event, AgeFeature):
+            at_ms, known = np.zeros_like(rows), mask & False
+            if "history_time_ms" in requests.column_names:
+                at_ms, known = _lists(requests, "history_time_ms").pad(width, np.int64, newest=True)
+            buckets = age_rows(time_ms[:, None] - at_ms, known & (at_ms > 0))
+            fields[event.name] = torch.from_numpy(np.where(mask, buckets, 0))
+            continue
+        dense = isinstance(event, DenseFeature)
+        names = [event.name] + ([f"{event.name}_missing"] if dense and state.dense[event.name].missing else [])
+        for name in names:
+            values, _ = _lists(requests, f"history_{name}").pad(width, np.float32 if dense else np.int64, newest=True)
+            fields[name] = torch.from_numpy(values)
+    return fields, torch.from_numpy(rows), torch.from_numpy(mask)
+
+
+def _exclusions(requests: pa.Table) -> tuple[np.ndarray, ...]:
+    if "exclude" not in requests.column_names:
+        return ()
+    lists = Ragged.from_arrow(requests["exclude"])
+    return tuple(np.split(lists.values.to_numpy(zero_copy_only=False).astype(np.int64), lists.offsets_Q1[1:-1]))
+
+
+def _item_side(batch: Batch, items: ItemTable) -> dict[str, Tensor]:
+    """Item and pair fields of the batch's candidates, as of each request's time."""
+    fields = items.fields(batch.candidates_QC, batch.time_ms_Q.numpy()[:, None])
+    batch = replace(batch, item=fields)
+    for feature in items.state.schema.features:
+        if isinstance(feature, MatchFeature):
+            fields[feature.name] = _matches(batch, feature, items.state)
+    return {**fields, **_crosses(batch, items.state, "item"), **_crosses(batch, items.state, "pair")}
+
+
+def _matches(batch: Batch, feature: MatchFeature, state: FeatureState) -> Tensor:
+    """log1p of the matching events, or the smoothed rate of the action among them; [Q, C] float32."""
+    if feature.field == "item_id":
+        events, candidates = batch.history_rows_QL[:, :, None], batch.candidates_QC[:, :, None]
+    else:
+        events, candidates = batch.history[feature.field], batch.item[feature.field]
+        events = events if events.ndim == 3 else events[:, :, None]
+        candidates = candidates if candidates.ndim == 3 else candidates[:, :, None]
+    same_QCL = torch.zeros(*batch.mask_QC.shape, events.shape[1], dtype=torch.bool)
+    for v in range(candidates.shape[2]):
+        for w in range(events.shape[2]):
+            same_QCL |= (candidates[:, :, None, v] == events[:, None, :, w]) & (candidates[:, :, None, v] >= FIRST_ROW)
+    same_QCL &= batch.history_mask_QL[:, None, :]
+    if feature.action is None:
+        return torch.log1p(same_QCL.sum(-1).float())
+    vocabulary = state.vocabularies[_vocabulary_of(state, feature.action)]
+    chosen = vocabulary.lookup(pa.array(list(feature.values)).cast(vocabulary.values.type))
+    acted_QL = torch.isin(batch.history[feature.action], torch.from_numpy(chosen[chosen >= FIRST_ROW]))
+    acted_QC = (same_QCL & acted_QL[:, None, :]).sum(-1).float()
+    if not feature.rate:
+        return torch.log1p(acted_QC)
+    return (acted_QC + 0.5) / (same_QCL.sum(-1).float() + 1.0)
+
+
+def _vocabulary_of(state: FeatureState, name: str) -> str:
+    feature = next(f for f in state.schema.features if f.name == name)
+    assert isinstance(feature, IdFeature), feature
+    return feature.vocabulary or feature.name
+
+
+def _crosses(batch: Batch, state: FeatureState, side: str) -> dict[str, Tensor]:
+    crossed: dict[str, Tensor] = {}
+    for position, feature in enumerate(state.schema.features):
+        if isinstance(feature, CrossFeature) and state.side_of(feature) == side:
+            parts = [batch.item[p] if p in batch.item else batch.user[p][:, None] if side != "request" else batch.user[p]
+                     for p in feature.parts]
+            rows = torch.broadcast_tensors(*parts)
+            known = torch.stack([part >= FIRST_ROW for part in rows]).all(0)
+            hashed = fold([part.numpy() for part in rows], seed=position) % np.uint64(feature.buckets)
+            crossed[feature.name] = torch.where(known, torch.from_numpy(hashed.astype(np.int64)) + FIRST_ROW, 0)
+    return crossed
+
+
+def _targets(
+    requests: pa.Table, state: FeatureState, width: int, mask_QC: Tensor, keep: tuple[int, ...], k: int
+) -> Targets | None:
+    """Graded relevance comes from `relevance`, else from `reached` and then `rank`, else from the positive label."""
+    present = set(requests.column_names)
+    if not present & {"reached", "relevance", *state.schema.labels}:
+        return None
+
+    def padded(name: str) -> Tensor:
+        return torch.from_numpy(_lists(requests, name).pad(width, np.float32)[0])
+
+    labels = {name: padded(name) for name in state.schema.labels if name in present}
+    positive = torch.nan_to_num(labels.get(state.schema.positive, torch.zeros(mask_QC.shape)))
+    reached = padded("reached").long() if "reached" in present else positive.long()
+    rank = padded("rank") if "rank" in present else torch.zeros(mask_QC.shape)
+    graded = reached.float() + torch.where(rank > 0, 1.0 / (1.0 + rank), 0.0)
+    return Targets(relevance_QC=padded("relevance") if "relevance" in present else graded, reached_QC=reached,
+                   mask_QC=mask_QC, keep=keep, k=k, labels=labels)

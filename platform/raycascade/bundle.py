@@ -1,0 +1,237 @@
+"""The bundle: everything scoring and serving need, immutable, verified on load, without pickle.
+
+    <bundles>/<id>/manifest.json   config.yaml   features/   items/   users/   stages/<name>/weights.safetensors
+                   index/   metrics.json   report.html
+
+Only the bundle crosses from training to scoring and serving. This file owns its format.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+import yaml
+
+from raycascade import __version__, plugins, storage
+from raycascade.batch import Batch, collate
+from raycascade.cascade import Cascade, Ranking
+from raycascade.config import Config, parse_config
+from raycascade.errors import BundleError, DataError
+from raycascade.features import FeatureState, to_keys
+from raycascade.indexes import ItemIndex
+from raycascade.items import ItemTable
+from raycascade.ragged import Ragged
+
+FORMAT_VERSION = 1
+MUTABLE = ("manifest.json", "report.html")  # written after the rest, so not under its hashes
+SERVED_COLUMNS = ("request_id", "user_key", "time_ms")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle. `cascade` is in evaluation mode."""
+
+    uri: str
+    manifest: Mapping[str, Any]
+    config: Config
+    items: ItemTable
+    cascade: Cascade
+    index: ItemIndex
+
+    @property
+    def state(self) -> FeatureState:
+        """The fitted features."""
+        return self.items.state
+
+    @cached_property
+    def users(self) -> "Users":
+        """The users' encoded features and histories as of the end of the training log."""
+        filesystem, path = storage.resolve(storage.join(self.uri, "users/users.parquet"))
+        return Users(pq.read_table(path, filesystem=filesystem))
+
+    def batch(self, requests: pa.Table) -> Batch:
+        """Encoded requests -> a batch without candidates, ready for `recommend`."""
+        kept = [n for n in requests.column_names if n not in {"candidates", "reached", "rank", "relevance", *self.state.schema.labels}]
+        return collate(requests.select(kept), self.items)
+
+    def recommend(self, requests: pa.Table) -> Ranking:
+        """Encoded requests -> what each stage kept, from the whole catalogue."""
+        return self.cascade.recommend(self.batch(requests), self.index, self.items)
+
+    def encode(self, requests: pa.Table) -> pa.Table:
+        """Raw requests (canonical columns, candidates not needed) -> encoded, users completed from the users table.
+
+        Only `user_id` is required. What a request itself brings (features, history) wins over the users table, null
+        brings nothing; what it excludes adds to the users table. `time_ms` defaults to the end of the training log.
+        """
+        count = len(requests)
+        if "user_id" not in requests.column_names:
+            raise DataError("requests: column 'user_id' is missing; give the user of each request")
+        defaults = {"request_id": pa.array([str(i) for i in range(count)]),
+                    "time_ms": pa.array(np.full(count, self.state.as_of_ms, np.int64))}
+        for name, column in defaults.items():
+            if name not in requests.column_names:
+                requests = requests.append_column(name, column)
+        encoded = self.state.encode_requests(requests, where="requests", strict=False)
+        known = self.users.rows(requests["user_id"])
+        for name in self.users.table.column_names:
+            if name in SERVED_COLUMNS:
+                continue
+            stands_in = (known >= 0) & ~_brought(requests, name)
+            stored = self.users.table[name].combine_chunks().take(pa.array(known, mask=~stands_in))
+            if name not in encoded.column_names:
+                encoded = encoded.append_column(name, stored)
+                continue
+            filler = encoded[name].combine_chunks()
+            both = _joined(stored, filler) if name == "exclude" else _coalesce(stored, filler, stands_in)
+            encoded = encoded.set_column(encoded.column_names.index(name), name, both)
+        return encoded
+
+
+def _brought(requests: pa.Table, name: str) -> np.ndarray:
+    """Which requests bring an encoded column themselves: bool [Q]."""
+    columns = set(requests.column_names)
+    raw = "history" if name.startswith("history") else name if name in columns else name.removesuffix("_missing")
+    if raw not in columns or name == "exclude":
+        return np.zeros(len(requests), bool)
+    return requests[raw].is_valid().to_numpy()
+
+
+def _coalesce(stored: pa.Array, filler: pa.Array, stands_in: np.ndarray) -> pa.Array:
+    """Rows of `stored` where it stands in, of `filler` elsewhere (lists and numbers alike)."""
+    joined = pa.concat_arrays([stored.cast(filler.type) if stored.type != filler.type else stored, filler])
+    count = len(stands_in)
+    return joined.take(pa.array(np.where(stands_in, np.arange(count), count + np.arange(count))))
+
+
+def _joined(first: pa.Array, second: pa.Array) -> pa.Array:
+    """Lists with the values of both."""
+    parts = [Ragged.from_arrow(first), Ragged.from_arrow(second)]
+    owner = np.concatenate([np.repeat(np.arange(len(first)), part.lengths_Q) for part in parts])
+    values = pa.concat_arrays([part.values.cast(pa.int32()) for part in parts]).take(np.argsort(owner, kind="stable"))
+    return Ragged(values, parts[0].lengths_Q + parts[1].lengths_Q).to_arrow()
+
+
+@dataclass(frozen=True)
+class Users:
+    """Encoded users with a look-up by raw id."""
+
+    table: pa.Table
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        keys = to_keys(self.table["user_key"])
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
+
+    def rows(self, user_ids: "pa.Array | pa.ChunkedArray") -> np.ndarray:
+        """Row of each user in the table, -1 for a user that is not known. Ids are compared as the table's type."""
+        keys, order = self._sorted
+        kind = self.table["user_key"].type
+        try:
+            wanted = to_keys(user_ids.cast(kind))
+        except pa.ArrowInvalid:
+            return np.full(len(user_ids), -1)
+        if len(keys) == 0:
+            return np.full(len(wanted), -1)
+        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where(keys[at] == wanted, order[at], -1)
+
+
+def build_index(config: Config, cascade: Cascade, items: ItemTable) -> ItemIndex:
+    """The config's index over the catalogue's item vectors."""
+    plugin, options = plugins.options("indexes", config.index, "index")
+    index = plugin(options)
+    chunks = list(cascade.embed_catalogue(items))
+    index.build(np.concatenate([rows for rows, _ in chunks]), np.concatenate([vectors for _, vectors in chunks]))
+    return index
+
+
+def save_bundle(
+    uri: str, *, config: Config, cascade: Cascade, items: ItemTable, encoded_items: pa.Table, users: pa.Table,
+    metrics: Mapping[str, Any],
+) -> str:
+    """Writes a whole bundle; the manifest comes last, so that an unfinished one cannot be loaded."""
+    if storage.exists(storage.join(uri, "manifest.json")):
+        raise BundleError(f"{uri}: there is a bundle already; bundles are immutable: choose another train.run")
+    storage.write_bytes(storage.join(uri, "config.yaml"), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    items.state.save(storage.join(uri, "features"))
+    _write_parquet(storage.join(uri, "items/items.parquet"), encoded_items)
+    _write_parquet(storage.join(uri, "users/users.parquet"), users)
+    for name in cascade.names:
+        weights = {key: value.detach().cpu().contiguous() for key, value in cascade.models[name].state_dict().items()}
+        storage.write_bytes(storage.join(uri, "stages", name, "weights.safetensors"), safetensors.torch.save(weights))
+    build_index(config, cascade.eval(), items).save(storage.join(uri, "index"))
+    storage.write_json(storage.join(uri, "metrics.json"), metrics)
+    write_manifest(uri, fingerprint=items.state.schema.fingerprint())
+    return uri
+
+
+def write_manifest(uri: str, *, fingerprint: str) -> None:
+    """Hashes every file of the bundle and publishes the manifest."""
+    names = [name for name in storage.list_files(uri) if name not in MUTABLE]
+    storage.write_json(storage.join(uri, "manifest.json"), {
+        "format_version": FORMAT_VERSION, "fingerprint": fingerprint,
+        "versions": {"raycascade": __version__, "torch": torch.__version__},
+        "files": {name: storage.sha256(storage.join(uri, name)) for name in names},
+    })
+
+
+def verify(uri: str) -> dict[str, Any]:
+    """The manifest, after every file was compared with its hash; BundleError says which file is wrong."""
+    file = storage.join(uri, "manifest.json")
+    if not storage.exists(file):
+        raise BundleError(f"{uri}: no manifest.json, so no finished bundle; give the URI that `raycascade train` printed")
+    try:
+        manifest = storage.read_json(file)
+        version, files = manifest["format_version"], manifest["files"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise BundleError(f"{file}: damaged; restore the bundle or train again") from None
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{file}: format {version}, this version reads {FORMAT_VERSION}; train again or use the other version")
+    for name, expected in files.items():
+        path = storage.join(uri, name)
+        if not storage.exists(path):
+            raise BundleError(f"{path}: missing; restore the bundle or train again")
+        if (seen := storage.sha256(path)) != expected:
+            raise BundleError(f"{path}: changed since it was written (sha256 {seen[:12]}, expected {expected[:12]}); "
+                              "restore the bundle or train again")
+    return manifest
+
+
+def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
+    """A verified bundle, its cascade in evaluation mode."""
+    uri = storage.absolute(uri)
+    manifest = verify(uri)
+    config = parse_config(yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml"))), where=f"{uri}/config.yaml")
+    state = FeatureState.load(storage.join(uri, "features"))
+    if state.schema.fingerprint() != manifest["fingerprint"]:
+        raise BundleError(f"{uri}: made for schema {manifest['fingerprint']}, its features have "
+                          f"{state.schema.fingerprint()}; train again")
+    filesystem, path = storage.resolve(storage.join(uri, "items/items.parquet"))
+    items = ItemTable.from_encoded(pq.read_table(path, filesystem=filesystem), state)
+    cascade = Cascade(config, state.space)
+    for name in cascade.names:
+        weights = safetensors.torch.load(storage.read_bytes(storage.join(uri, "stages", name, "weights.safetensors")))
+        try:
+            cascade.models[name].load_state_dict(weights)
+        except RuntimeError as error:
+            raise BundleError(f"{uri}/stages/{name}: weights do not fit the config ({str(error).splitlines()[-1].strip()}); "
+                              "train again") from None
+    plugin, options = plugins.options("indexes", config.index, "index")
+    index = plugin(options)
+    index.load(storage.join(uri, "index"))
+    return Bundle(uri, manifest, config, items, cascade.to(device).eval(), index)
+
+
+def _write_parquet(uri: str, table: pa.Table) -> None:
+    filesystem, path = storage.resolve(uri)
+    storage.make_folder(uri.rsplit("/", 1)[0])
+    pq.write_table(table, path, filesystem=filesystem, compression="zstd")

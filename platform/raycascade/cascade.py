@@ -1,0 +1,165 @@
+"""The cascade as one module: every stage scores, a funnel narrows, and every answer says where an item was lost."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raycascade import plugins
+from raycascade.batch import Batch
+from raycascade.config import Config
+from raycascade.errors import ConfigError
+from raycascade.indexes import Candidates, ItemIndex
+from raycascade.items import ItemTable
+from raycascade.models import StageModel, TowerModel
+from raycascade.schema import PADDING, FeatureSpace
+
+ITEM_CHUNK = 65_536  # items embedded at once
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What one stage saw, best first; the first `keep` went on. Of the first stage's catalogue only the best are listed."""
+
+    name: str
+    keep: int
+    rows_QC: np.ndarray  # item rows; 0 where masked
+    scores_QC: np.ndarray  # the stage's logits; -inf where masked
+    mask_QC: np.ndarray
+
+    def kept(self, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Item rows and mask of the first `width` (default: keep)."""
+        width = self.keep if width is None else width
+        return self.rows_QC[:, :width], self.mask_QC[:, :width]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What each stage saw and kept, for every request."""
+
+    stages: tuple[StageOutcome, ...]
+
+    @property
+    def final(self) -> StageOutcome:
+        """The last stage; its kept rows are the answer."""
+        return self.stages[-1]
+
+    def __getitem__(self, name: str) -> StageOutcome:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+class Cascade(nn.Module):
+    """The stages of a config over a feature space. Stages share no parameters."""
+
+    def __init__(self, config: Config, space: FeatureSpace) -> None:
+        super().__init__()
+        self.names = tuple(stage.name for stage in config.stages)
+        self.keeps = tuple(stage.keep for stage in config.stages)
+        self.quotas = config.quotas
+        self.models = nn.ModuleDict()
+        for position, stage in enumerate(config.stages):
+            plugin, options = plugins.options("models", stage.model, f"stages.{position}.model")
+            try:
+                self.models[stage.name] = plugin(options, space.without(stage.exclude))
+            except ConfigError as error:
+                raise ConfigError(f"stages.{position} ({stage.name}): {error}") from None
+
+    def model(self, name: str) -> StageModel:
+        """The model of a stage."""
+        return cast(StageModel, self.models[name])
+
+    @property
+    def retriever(self) -> TowerModel:
+        """The first stage, which must embed users and items to search the catalogue."""
+        first = self.models[self.names[0]]
+        if not hasattr(first, "embed_items"):
+            raise ConfigError(f"stage {self.names[0]!r} cannot search a catalogue: only a model with item vectors, such as "
+                              "two_tower, can; put one first")
+        return cast(TowerModel, first)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scores [Q, C] of every stage for every candidate."""
+        return {name: self.score(name, batch) for name in self.names}
+
+    def score(self, name: str, batch: Batch) -> Tensor:
+        """Scores [Q, C] of one stage."""
+        return self.models[name](batch)[:, :, 0]
+
+    @torch.no_grad()
+    def rank(self, batch: Batch) -> Ranking:
+        """The funnel replayed on the logged candidates, with the list quotas as widths."""
+        outcomes, current = [], batch
+        order_QC = torch.arange(batch.mask_QC.shape[1]).expand(batch.mask_QC.shape)
+        scores = self.forward(batch)
+        for name, quota in zip(self.names, self.quotas, strict=True):
+            picked = torch.where(current.mask_QC, scores[name].gather(1, order_QC), -torch.inf)
+            outcome, best_QC = _outcome(name, quota, current.candidates_QC, picked, current.mask_QC)
+            order_QC = order_QC.gather(1, best_QC)[:, :quota]
+            outcomes.append(outcome)
+            current = _Survivors(*(torch.from_numpy(kept) for kept in outcome.kept()))
+        return Ranking(tuple(outcomes))
+
+    @torch.no_grad()
+    def recommend(self, batch: Batch, index: ItemIndex, items: ItemTable) -> Ranking:
+        """From the whole catalogue: retrieve, leave out what each request excludes, then stage by stage."""
+        outcomes = [self.retrieve(batch, index)]
+        for name, keep in zip(self.names[1:], self.keeps[1:], strict=True):
+            outcomes.append(self.narrow(name, keep, batch, outcomes[-1], items))
+        return Ranking(tuple(outcomes))
+
+    @torch.no_grad()
+    def retrieve(self, batch: Batch, index: ItemIndex) -> StageOutcome:
+        """The first stage over the whole catalogue, without what each request excludes."""
+        users_QD = self.retriever.embed_users(batch).float().numpy()
+        most_excluded = max((len(rows) for rows in batch.exclude), default=0)
+        found = without_excluded(index.search(users_QD, self.keeps[0] + most_excluded), batch.exclude, self.keeps[0])
+        return StageOutcome(self.names[0], self.keeps[0], found.rows_QK, found.scores_QK, found.rows_QK != PADDING)
+
+    @torch.no_grad()
+    def narrow(self, name: str, keep: int, batch: Batch, before: StageOutcome, items: ItemTable) -> StageOutcome:
+        """One later stage over the survivors of the stage before it."""
+        rows_QC, mask_QC = (torch.from_numpy(np.ascontiguousarray(kept)) for kept in before.kept())
+        current = batch.with_candidates(rows_QC, mask_QC, items)
+        scores_QC = torch.where(mask_QC, self.score(name, current).float(), -torch.inf)
+        return _outcome(name, keep, current.candidates_QC, scores_QC, mask_QC)[0]
+
+    @torch.no_grad()
+    def embed_catalogue(self, items: ItemTable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows_N, vectors_ND) of the catalogue in chunks, as of the end of the training log."""
+        rows_N = items.all_rows
+        for start in range(0, len(rows_N), ITEM_CHUNK):
+            rows = rows_N[start:start + ITEM_CHUNK]
+            fields = items.fields(rows, items.state.as_of_ms)
+            yield rows, self.retriever.embed_items(fields).float().numpy()
+
+
+@dataclass(frozen=True)
+class _Survivors:
+    candidates_QC: Tensor
+    mask_QC: Tensor
+
+
+def _outcome(name: str, keep: int, rows_QC: Tensor, scores_QC: Tensor, mask_QC: Tensor) -> tuple[StageOutcome, Tensor]:
+    """Sorted by score; equal scores keep the order of the stage before."""
+    sorted_QC, best_QC = scores_QC.sort(dim=1, descending=True, stable=True)
+    outcome = StageOutcome(name, keep, rows_QC.gather(1, best_QC).numpy(), sorted_QC.numpy(), mask_QC.gather(1, best_QC).numpy())
+    return outcome, best_QC
+
+
+def without_excluded(found: Candidates, exclude: tuple[np.ndarray, ...], keep: int) -> Candidates:
+    """The first `keep` of each request that it does not exclude."""
+    if not exclude:
+        return Candidates(found.rows_QK[:, :keep], found.scores_QK[:, :keep])
+    request_E = np.repeat(np.arange(len(exclude)), [len(rows) for rows in exclude])
+    span = int(found.rows_QK.max(initial=0)) + 1
+    excluded = np.concatenate([*exclude, np.zeros(0, np.int64)])
+    banned = (request_E * span + excluded)[excluded < span]
+    drop_QK = np.isin(np.arange(len(found.rows_QK))[:, None] * span + found.rows_QK, banned) | (found.rows_QK == PADDING)
+    order_QK = np.argsort(drop_QK, axis=1, kind="stable")[:, :keep]
+    dropped_QK = np.take_along_axis(drop_QK, order_QK, 1)
+    rows_QK = np.where(dropped_QK, PADDING, np.take_along_axis(found.rows_QK, order_QK, 1))
+    scores_QK = np.where(dropped_QK, np.float32(-np.inf), np.take_along_axis(found.scores_QK, order_QK, 1))
+    return Candidates(rows_QK, scores_QK)

@@ -1,0 +1,260 @@
+"""One frozen config per run: YAML, `extends:` one level deep, dotted overrides, defaults only in code."""
+
+import datetime as dt
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field as Option, ValidationError, field_validator, model_validator
+
+from raycascade import plugins, storage
+from raycascade.errors import ConfigError
+from raycascade.schema import Frozen, near_miss
+
+
+class Paths(Frozen):
+    """Where things are: local paths, s3:// or gs:// URIs."""
+
+    raw: str = ""
+    shards: str = "outputs/shards"
+    bundles: str = "outputs/bundles"
+
+
+class Splits(Frozen):
+    """Requests by time: train before `valid_from` (or `test_from`), then valid, then test up to `test_until`.
+
+    Dates are ISO days or moments in a fixed zone; null leaves a split out. `train_from` drops what is older.
+    """
+
+    train_from: str | None = None
+    valid_from: str | None = None
+    test_from: str | None = None
+    test_until: str | None = None
+    utc_offset_hours: float = 0.0
+
+    @field_validator("train_from", "valid_from", "test_from", "test_until", mode="before")
+    @classmethod
+    def _iso(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, dt.date) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Splits":
+        moments = [(n, self.moment_ms(n)) for n in ("train_from", "valid_from", "test_from", "test_until")]
+        present = [(name, moment) for name, moment in moments if moment is not None]
+        for (before, a), (after, b) in zip(present, present[1:], strict=False):
+            if a >= b:
+                raise ConfigError(f"splits: {before} ({getattr(self, before)}) must lie before {after} ({getattr(self, after)})")
+        return self
+
+    def moment_ms(self, name: str) -> int | None:
+        """A boundary as Unix milliseconds."""
+        text = getattr(self, name)
+        if text is None:
+            return None
+        try:
+            moment = dt.datetime.fromisoformat(text)
+        except ValueError:
+            raise ConfigError(f"splits.{name}: expected an ISO date such as 2022-04-30, got {text!r}") from None
+        return int((moment.replace(tzinfo=dt.UTC) - dt.timedelta(hours=self.utc_offset_hours)).timestamp() * 1000)
+
+    def ranges_ms(self) -> dict[str, tuple[int, int]]:
+        """Half-open time range of every split there is, in order of time."""
+        first, last = -(1 << 62), 1 << 62
+        train, valid, test, until = (self.moment_ms(n) for n in ("train_from", "valid_from", "test_from", "test_until"))
+        end = last if until is None else until
+        starts = {"train": first if train is None else train, "valid": valid, "test": test}
+        names = [name for name, start in starts.items() if start is not None]
+        ends = [starts[name] for name in names[1:]] + [end]
+        return {name: (starts[name], stop) for name, stop in zip(names, ends, strict=True)}  # type: ignore[misc]
+
+
+class Stage(Frozen):
+    """One stage: a model that scores, and how many candidates go on. `exclude` hides features from the model;
+    `loss` trains the stage alone instead of with the others."""
+
+    name: str = Option(pattern=r"^[a-z][a-z0-9_]*$")
+    keep: int = Option(ge=1)
+    model: dict[str, Any]
+    loss: dict[str, Any] | None = None
+    exclude: tuple[str, ...] = ()
+
+
+class Lists(Frozen):
+    """The protocol on logged lists: the truth is the best `k` candidates; `quotas` (default: each stage's keep) are the
+    widths of the stages on the list."""
+
+    k: int = Option(default=10, ge=1)
+    quotas: tuple[int, ...] | None = None
+
+
+class Negatives(Frozen):
+    """Catalogue items added to every training list as candidates that were never logged (reached = 0)."""
+
+    per_request: int = Option(default=0, ge=0)
+    source: str = Option(default="popularity", pattern="^(uniform|popularity)$")
+
+
+class Train(Frozen):
+    """How to train. `batch_size` is global: requests per step over all workers. `run` names the run and its bundle;
+    the same name resumes an unfinished run."""
+
+    epochs: int = Option(default=1, ge=1)
+    batch_size: int = Option(default=512, ge=1)
+    lr: float = Option(default=1e-3, gt=0)
+    embedding_lr: float | None = Option(default=None, gt=0)  # None: the same as lr
+    weight_decay: float = Option(default=0.0, ge=0)
+    clip: float | None = Option(default=10.0, gt=0)  # gradient norm of each stage
+    seed: int = 7
+    workers: int = Option(default=1, ge=1)
+    gpu: bool | None = None  # None: where there is one
+    bf16: bool = True  # on GPU only
+    negatives: Negatives = Negatives()
+    early_stop: int | None = Option(default=None, ge=1)  # epochs without a better validation loss
+    checkpoint_steps: int = Option(default=1000, ge=1)
+    max_steps: int | None = Option(default=None, ge=1)
+    run: str | None = Option(default=None, pattern=r"^[A-Za-z0-9._-]+$")
+
+
+class Evaluate(Frozen):
+    """How to evaluate: requests per batch, the most requests of the split (None: all), days of recency popularity."""
+
+    batch_size: int = Option(default=256, ge=1)
+    max_requests: int | None = Option(default=None, ge=1)
+    popularity_hours: int = Option(default=72, ge=1)
+
+
+class Config(Frozen):
+    """Everything a run needs; saved resolved in the bundle."""
+
+    paths: Paths = Paths()
+    dataset: dict[str, Any]
+    splits: Splits = Splits()
+    stages: tuple[Stage, ...] = Option(min_length=1)
+    loss: dict[str, Any] = {"name": "bce"}
+    index: dict[str, Any] = {"name": "exact"}
+    lists: Lists = Lists()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    expect: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"stages: names must differ, got {names}")
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.keep > before.keep:
+                raise ConfigError(f"stages: {after.name!r} keeps {after.keep} but {before.name!r} hands on only "
+                                  f"{before.keep}; keep must not grow along the stages")
+        if self.lists.quotas is not None and len(self.lists.quotas) != len(self.stages):
+            raise ConfigError(f"lists.quotas: {len(self.lists.quotas)} widths for {len(self.stages)} stages; give one each")
+        for position, stage in enumerate(self.stages):
+            plugins.options("models", stage.model, f"stages.{position}.model")
+            if stage.loss:
+                plugins.options("losses", stage.loss, f"stages.{position}.loss")
+        for folder, spec in (("datasets", self.dataset), ("losses", self.loss), ("indexes", self.index)):
+            plugins.options(folder, spec, {"datasets": "dataset", "losses": "loss", "indexes": "index"}[folder])
+        return self
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """The widths of the stages on logged lists."""
+        return self.lists.quotas or tuple(stage.keep for stage in self.stages)
+
+
+def load_config(path: str, overrides: "list[str] | tuple[str, ...]" = ()) -> Config:
+    """The config in a YAML file with `key.path=value` overrides applied; ConfigError says what is wrong with it."""
+    tree = _read_tree(path)
+    if base := tree.pop("extends", None):
+        parent = _read_tree(base if os.path.isabs(base) else str(Path(path).parent / base))
+        if "extends" in parent:
+            raise ConfigError(f"{path}: extends {base}, which extends another file; one level is allowed")
+        tree = _merge(parent, tree)
+    for override in overrides:
+        tree = _override(tree, override)
+    return parse_config(tree, where=path)
+
+
+def parse_config(tree: dict[str, Any], *, where: str) -> Config:
+    """A validated config from a plain tree; paths are made absolute."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_problem(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    paths = {name: storage.absolute(uri) if uri else uri for name, uri in config.paths}
+    return config.model_copy(update={"paths": Paths(**paths)})
+
+
+def _problem(error: ValidationError) -> str:
+    """The first problem with its path; for an unknown key, the nearest key of the mapping it stands in."""
+    path = error.errors()[0]["loc"][:-1]
+    model: Any = Config
+    for part in path:
+        if isinstance(part, str) and part in model.model_fields:
+            model = {"paths": Paths, "splits": Splits, "stages": Stage, "lists": Lists, "train": Train,
+                     "evaluate": Evaluate, "negatives": Negatives}.get(part, model)
+    return plugins.first_problem(error, model)
+
+
+def _read_tree(path: str) -> dict[str, Any]:
+    try:
+        text = storage.read_bytes(path)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML config") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got {type(tree).__name__}")
+    return tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`: mappings merge (a mapping with another `name` replaces), everything else replaces."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        mappings = isinstance(old, dict) and isinstance(value, dict)
+        same_plugin = mappings and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = _merge(old, value) if same_plugin else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r}: expected key.path=value, such as train.epochs=2")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str) and _is_number(value):
+        value = float(value)
+    return _set(tree, path.split("."), value, override)
+
+
+def _is_number(text: str) -> bool:
+    """YAML reads 1e-3 as a string; an override means the number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _set(node: Any, path: list[str], value: Any, override: str) -> Any:
+    key, rest = path[0], path[1:]
+    if isinstance(node, list):
+        by_name = [item.get("name") if isinstance(item, dict) else None for item in node]
+        index = by_name.index(key) if key in by_name else int(key) if key.isdigit() and int(key) < len(node) else None
+        if index is None:
+            known = {name for name in by_name if name}
+            raise ConfigError(f"override {override!r}: no entry {key!r}{near_miss(key, known)}")
+        return [_set(item, rest, value, override) if rest and i == index else value if i == index else item
+                for i, item in enumerate(node)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r}: {key!r} is below {node!r}, which is not a mapping")
+    return {**node, key: _set(node.get(key, {}), rest, value, override) if rest else value}

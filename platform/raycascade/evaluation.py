@@ -1,0 +1,180 @@
+"""Measuring a bundle on a split: logged lists, the whole catalogue, and popularity and random beside both.
+
+Accumulators are mergeable: any number of workers, any batch size, the same figures.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raycascade.batch import Batch, collate
+from raycascade.bundle import Bundle
+from raycascade.cascade import Ranking, without_excluded
+from raycascade.indexes import Candidates
+from raycascade.items import ItemTable
+from raycascade.metrics import BinaryMetrics, ListMetrics
+from raycascade.schema import FIRST_ROW
+
+BASELINES = ("popularity", "random")
+
+
+@dataclass
+class CatalogueRecall:
+    """Micro recall of held-out positives: hits and positives, summed over requests.
+
+    `hits`: by name, "recall@<keep>" for each stage's survivors and "recall@<width>/<stage>" for every stage cut to the
+    width of every later one, so that a stage can be held against the one before it at the same cut.
+    """
+
+    positives: int = 0
+    requests: int = 0
+    hits: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, hits: float) -> None:
+        """Adds hits of one measure."""
+        self.hits[name] = self.hits.get(name, 0.0) + hits
+
+    def merge(self, other: "CatalogueRecall") -> None:
+        """Adds another accumulator."""
+        self.positives += other.positives
+        self.requests += other.requests
+        for name, hits in other.hits.items():
+            self.add(name, hits)
+
+    def result(self) -> dict[str, float]:
+        """Recalls by name; empty if there was no positive."""
+        return {name: hits / self.positives for name, hits in self.hits.items()} if self.positives else {}
+
+
+class Measured:
+    """Everything that was measured of one bundle on one split; mergeable over workers."""
+
+    def __init__(self, names: tuple[str, ...], quotas: tuple[int, ...], k: int) -> None:
+        self.lists = ListMetrics(names, quotas, k)
+        self.ranker = BinaryMetrics()
+        self.catalogue = CatalogueRecall()
+        self.baseline_lists = {name: ListMetrics(names, quotas, k) for name in BASELINES}
+        self.baseline_catalogue = {name: CatalogueRecall() for name in BASELINES}
+
+    def merge(self, other: "Measured") -> None:
+        """Adds what another worker measured."""
+        self.lists.merge(other.lists)
+        self.ranker.merge(other.ranker)
+        self.catalogue.merge(other.catalogue)
+        for name in BASELINES:
+            self.baseline_lists[name].merge(other.baseline_lists[name])
+            self.baseline_catalogue[name].merge(other.baseline_catalogue[name])
+
+    def metrics(self) -> dict[str, float]:
+        """All figures of the cascade by name; what is not defined on this split is left out."""
+        found = {**self.catalogue.result(), **self.lists.result(), **self.ranker.result()}
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """The same names for recency popularity and for random (its expected value on the catalogue)."""
+        return {name: {**self.baseline_catalogue[name].result(), **self.baseline_lists[name].result()} for name in BASELINES}
+
+
+class Evaluator:
+    """Measures a bundle request by request; `measured` holds the sums."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.measured = Measured(bundle.cascade.names, bundle.cascade.quotas, bundle.config.lists.k)
+        self.popularity = Popularity(bundle.items, bundle.config.evaluate.popularity_hours)
+
+    @torch.no_grad()
+    def update(self, requests: pa.Table) -> None:
+        """Adds encoded requests of a split."""
+        bundle = self.bundle
+        batch = collate(requests, bundle.items, keep=bundle.cascade.quotas, k=bundle.config.lists.k)
+        self._on_lists(batch)
+        if bundle.state.schema.positive:
+            self._on_catalogue(batch, requests)
+
+    def _on_lists(self, batch: Batch) -> None:
+        assert batch.targets is not None
+        scores = self.bundle.cascade(batch)
+        popular_QC = torch.from_numpy(self.popularity.scores_N[batch.candidates_QC.numpy()])
+        flat = {"popularity": popular_QC, "random": torch.zeros_like(popular_QC)}  # equal scores: the tie key draws
+        self.measured.lists.update(scores, batch.targets, batch.request_ids, batch.candidates_QC)
+        for name in BASELINES:
+            same = dict.fromkeys(scores, flat[name])
+            self.measured.baseline_lists[name].update(same, batch.targets, batch.request_ids, batch.candidates_QC)
+        positive = self.bundle.state.schema.positive
+        if positive in batch.targets.labels:
+            label_QC = torch.where(batch.mask_QC, batch.targets.labels[positive], torch.nan)
+            self.measured.ranker.update(scores[self.bundle.cascade.names[-1]], label_QC, batch.request_ids)
+
+    def _on_catalogue(self, batch: Batch, requests: pa.Table) -> None:
+        assert batch.targets is not None
+        truth_QC = (torch.nan_to_num(batch.targets.labels[self.bundle.state.schema.positive]) > 0.5) & batch.mask_QC
+        truth_QC &= ~excluded_mask(batch)
+        chosen = np.flatnonzero(truth_QC.any(1).numpy())
+        if len(chosen) == 0:
+            return
+        truth = _rows_of(batch.candidates_QC[chosen], truth_QC[chosen])
+        bare = self.bundle.batch(requests.take(chosen))
+        ranking = self.bundle.cascade.recommend(bare, self.bundle.index, self.bundle.items)
+        for accumulator in (self.measured.catalogue, *self.measured.baseline_catalogue.values()):
+            accumulator.positives += int(sum(map(len, truth)))
+            accumulator.requests += len(truth)
+        self._count(ranking, truth, bare)
+
+    def _count(self, ranking: Ranking, truth: list[np.ndarray], batch: Batch) -> None:
+        keeps, measured = self.bundle.cascade.keeps, self.measured
+        for stage, keep in zip(ranking.stages, keeps, strict=True):
+            for width in sorted({width for width in keeps if width <= keep}, reverse=True):
+                hits = count_hits(stage.kept(width)[0], truth)
+                measured.catalogue.add(f"recall@{width}/{stage.name}", hits)
+                if width == keep:
+                    measured.catalogue.hits[f"recall@{width}"] = measured.catalogue.hits[f"recall@{width}/{stage.name}"]
+        exclude = batch.exclude or tuple(np.zeros(0, np.int64) for _ in truth)
+        popular_QK = self.popularity.top(exclude, max(keeps))
+        free_Q = [max(1, self.bundle.items.num_items - len(np.unique(rows))) for rows in exclude]
+        for width in dict.fromkeys(keeps):
+            expected = sum(len(rows) * min(1.0, width / free) for rows, free in zip(truth, free_Q, strict=True))
+            measured.baseline_catalogue["popularity"].add(f"recall@{width}", count_hits(popular_QK[:, :width], truth))
+            measured.baseline_catalogue["random"].add(f"recall@{width}", expected)
+
+
+class Popularity:
+    """Recency popularity: positives (or exposures) of the last hours of the training log."""
+
+    def __init__(self, items: ItemTable, hours: int) -> None:
+        state = items.state
+        counts = state.counters.as_of(items.all_rows, np.int64(state.as_of_ms), state.schema.positive or "exposure", hours * 3_600_000)
+        self.scores_N = np.concatenate([np.full(FIRST_ROW, -1.0, np.float32), counts])  # indexed by item row
+        self.order_N = items.all_rows[np.argsort(-counts, kind="stable")]
+
+    def top(self, exclude: tuple[np.ndarray, ...], width: int) -> np.ndarray:
+        """The most popular rows [Q, width] that each request does not exclude."""
+        most = max((len(rows) for rows in exclude), default=0)
+        head = self.order_N[:width + most]
+        rows_QK = np.broadcast_to(head, (len(exclude), len(head)))
+        return without_excluded(Candidates(rows_QK, self.scores_N[rows_QK]), exclude, width).rows_QK
+
+
+def excluded_mask(batch: Batch) -> Tensor:
+    """[Q, C] true where a logged candidate is one that the request excludes."""
+    mask = torch.zeros_like(batch.mask_QC)
+    for q, rows in enumerate(batch.exclude):
+        mask[q] = torch.from_numpy(np.isin(batch.candidates_QC[q].numpy(), rows))
+    return mask
+
+
+def count_hits(rows_QK: np.ndarray, truth: list[np.ndarray]) -> float:
+    """How many true rows are among the kept ones, over all requests."""
+    request_E = np.repeat(np.arange(len(truth)), [len(rows) for rows in truth])
+    span = int(max(rows_QK.max(initial=0), max((rows.max(initial=0) for rows in truth), default=0))) + 1
+    kept = (np.arange(len(rows_QK))[:, None] * span + rows_QK)[rows_QK >= FIRST_ROW]
+    return float(np.isin(request_E * span + np.concatenate(truth), kept).sum())
+
+
+def _rows_of(candidates_QC: Tensor, mask_QC: Tensor) -> list[np.ndarray]:
+    """Distinct true rows of every request."""
+    return [np.unique(rows[mask].numpy()) for rows, mask in zip(candidates_QC, mask_QC, strict=True)]

@@ -1,0 +1,231 @@
+"""Fitting the feature state in one pass: every piece of the log gives a `FitPart`, parts merge, the merger is frozen.
+
+Parts are small (distinct values, sums, a sample) whatever the size of the piece, and merging is exact and does not
+depend on the order, so that any number of workers gives the same state.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raycascade import storage
+from raycascade.counters import HOUR_MS, Counters
+from raycascade.errors import DataError
+from raycascade.features import DenseStats, FeatureState, Vocabulary, signed_log, dense_column, fold, to_keys
+from raycascade.ragged import Ragged
+from raycascade.schema import AgeFeature, ClockFeature, DenseFeature, FeatureSchema, IdFeature, IdsFeature
+
+SAMPLE_SIZE = 10_000  # values kept per quantile feature
+NUM_EDGES = 257
+
+
+@dataclass
+class FitPart:
+    """What one piece of the log says about the features. `values`: per vocabulary a table (value, count)."""
+
+    schema: FeatureSchema
+    values: dict[str, pa.Table] = field(default_factory=dict)
+    moments: dict[str, np.ndarray] = field(default_factory=dict)  # count, sum, sum of squares, missing
+    samples: dict[str, np.ndarray] = field(default_factory=dict)  # [hash, value] rows, smallest hashes
+    events: pa.Table | None = None  # item_id, bucket, one count per counter name
+
+    @property
+    def counter_names(self) -> tuple[str, ...]:
+        """"exposure" and the labels."""
+        return ("exposure", *self.schema.labels)
+
+    # ---- reading
+    def add_requests(self, table: pa.Table, *, where: str) -> None:
+        """Adds raw canonical requests."""
+        order = to_keys(table["request_id"])
+        self._add_side(table, ("user", "context"), order, where=where)
+        candidates = Ragged.from_arrow(table["candidates"])
+        request = np.repeat(np.arange(len(table)), candidates.lengths_Q)
+        columns = {"item_id": candidates.values, "time_ms": table["time_ms"].to_numpy()[request]}
+        for name in ("exposed", *self.schema.labels):
+            if name in table.column_names:
+                columns[name] = Ragged.from_arrow(table[name]).values
+        self._add_exposures(pa.table(columns))
+        if "history" in table.column_names and self._counts_items:
+            self._add_values(self._item_vocabulary, Ragged.from_arrow(table["history"]).values)
+        events = {f.name: Ragged.from_arrow(table[f"history_{f.name}"]).values
+                  for f in self.schema.side("event") if f"history_{f.name}" in table.column_names}
+        if events:
+            flat = pa.table(events)
+            self._add_side(flat, ("event",), np.arange(len(flat)), where=where)
+
+    def add_impressions(self, table: pa.Table, *, where: str) -> None:
+        """Adds raw impressions, one row per shown item."""
+        order = fold([to_keys(table["user_id"]), table["time_ms"].to_numpy(), to_keys(table["item_id"])]).view(np.int64)
+        self._add_side(table, ("user", "context", "event"), order, where=where)
+        self._add_exposures(table)
+
+    def add_items(self, table: pa.Table, *, where: str) -> None:
+        """Adds the raw items table; the vocabulary of `item_id` itself comes from what was logged."""
+        self._add_side(table, ("item",), to_keys(table["item_id"]), where=where, skip=("item_id",))
+
+    @property
+    def _counts_items(self) -> bool:
+        return any(f.name == "item_id" for f in self.schema.features)
+
+    @property
+    def _item_vocabulary(self) -> str:
+        feature = next(f for f in self.schema.features if f.name == "item_id")
+        return (feature.vocabulary if isinstance(feature, IdFeature) else "") or "item_id"
+
+    def _add_side(
+        self, table: pa.Table, sides: tuple[str, ...], order: np.ndarray, *, where: str, skip: tuple[str, ...] = ()
+    ) -> None:
+        for feature in self.schema.side(*sides):
+            if feature.name not in table.column_names or feature.name in skip:
+                continue
+            if isinstance(feature, IdsFeature):
+                column = table[feature.name]
+                if not pa.types.is_list(column.type):
+                    raise DataError(f"{where}: column {feature.name!r} must hold lists, got {column.type}; declare it as an id")
+                self._add_values(feature.vocabulary or feature.name, Ragged.from_arrow(column).values)
+            elif isinstance(feature, IdFeature) and not feature.buckets:
+                self._add_values(feature.vocabulary or feature.name, table[feature.name], where=f"{where}: {feature.name}")
+            elif isinstance(feature, DenseFeature):
+                self._add_dense(feature, dense_column(table, feature.name, where=where), order)
+
+    def _add_values(self, vocabulary: str, column: "pa.Array | pa.ChunkedArray", *, where: str = "") -> None:
+        counted = pc.value_counts(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+        values = counted.field(0)
+        if pa.types.is_floating(values.type):
+            raise DataError(f"{where}: ids must be integers or strings, got {values.type}; cast the column")
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        wide = pa.int64() if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) else pa.string()
+        table = pa.table({"value": values.cast(wide), "count": counted.field(1)}).filter(pc.field("value").is_valid())
+        self.values[vocabulary] = _summed([self.values[vocabulary], table]) if vocabulary in self.values else table
+
+    def _add_dense(self, feature: DenseFeature, values: np.ndarray, order: np.ndarray) -> None:
+        missing = np.isnan(values)
+        known = values[~missing]
+        scaled = signed_log(known) if feature.normalise == "log" else known
+        moments = np.array([len(known), scaled.sum(), np.square(scaled).sum(), missing.sum()])
+        self.moments[feature.name] = self.moments.get(feature.name, np.zeros(4)) + moments
+        if feature.normalise == "quantile":
+            drawn = np.stack([fold([order[~missing]]).astype(np.float64), known], axis=1)
+            self._add_sample(feature.name, drawn)
+
+    def _add_sample(self, name: str, drawn: np.ndarray) -> None:
+        pool = np.concatenate([self.samples[name], drawn]) if name in self.samples else drawn
+        self.samples[name] = pool[np.lexsort((pool[:, 1], pool[:, 0]))][:SAMPLE_SIZE]
+
+    def _add_exposures(self, table: pa.Table) -> None:
+        if self._counts_items:
+            self._add_values(self._item_vocabulary, table["item_id"])
+        if "exposed" in table.column_names:
+            table = table.filter(pc.fill_null(table["exposed"].cast(pa.bool_()), False))
+        bucket_ms = self.schema.count_bucket_hours * HOUR_MS
+        bucket = (table["time_ms"].to_numpy() + int(self.schema.utc_offset_hours * HOUR_MS)) // bucket_ms
+        columns = {"item_id": table["item_id"], "bucket": bucket, "exposure": np.ones(len(table))}
+        for name in self.schema.labels:
+            present = name in table.column_names
+            columns[name] = pc.fill_null(table[name].cast(pa.float64()), 0.0) if present else np.zeros(len(table))
+        self.events = _summed_events([t for t in (self.events, pa.table(columns)) if t is not None], self.counter_names)
+
+    # ---- merging
+    def merge(self, other: "FitPart") -> None:
+        """Adds another part to this one."""
+        for name, table in other.values.items():
+            self.values[name] = _summed([self.values[name], table]) if name in self.values else table
+        for name, moments in other.moments.items():
+            self.moments[name] = self.moments.get(name, np.zeros(4)) + moments
+        for name, sample in other.samples.items():
+            self._add_sample(name, sample)
+        parts = [table for table in (self.events, other.events) if table is not None]
+        self.events = _summed_events(parts, self.counter_names) if parts else None
+
+    def finish(self, items: pa.Table, as_of_ms: int) -> FeatureState:
+        """The frozen state, given the raw items table (whose row order becomes the item rows)."""
+        item_ids = Vocabulary(items["item_id"].combine_chunks())
+        vocabularies = {}
+        for feature in self.schema.features:
+            if isinstance(feature, IdFeature):
+                name = feature.vocabulary or feature.name
+                vocabularies[name] = self._vocabulary(name, feature)
+        dense = {f.name: self._stats(f) for f in self.schema.features if isinstance(f, DenseFeature)}
+        counters, rates = self._counters(item_ids)
+        return FeatureState(self.schema, vocabularies, dense, counters, item_ids, as_of_ms, rates)
+
+    def _vocabulary(self, name: str, feature: IdFeature) -> Vocabulary:
+        if feature.buckets or name not in self.values:
+            return Vocabulary(pa.array([], pa.int64()), feature.buckets)
+        table = self.values[name].filter(pc.field("count") >= feature.min_count)
+        if len(table) > feature.max_values:
+            return Vocabulary(pa.array([], pa.int64()), feature.max_values)
+        table = table.sort_by([("count", "descending"), ("value", "ascending")])
+        return Vocabulary(table["value"].combine_chunks())
+
+    def _stats(self, feature: DenseFeature) -> DenseStats:
+        count, total, squares, missing = self.moments.get(feature.name, np.zeros(4))
+        mean = total / count if count else 0.0
+        spread = np.sqrt(max(squares / count - mean**2, 0.0)) if count else 0.0
+        edges: tuple[float, ...] = ()
+        if feature.normalise == "quantile":
+            sample = self.samples.get(feature.name, np.zeros((1, 2)))[:, 1]
+            edges = tuple(np.unique(np.quantile(sample, np.linspace(0, 1, NUM_EDGES))).tolist())
+        return DenseStats(mean=float(mean), std=float(spread) or 1.0, missing=bool(missing), edges=edges)
+
+    def _counters(self, item_ids: Vocabulary) -> tuple[Counters, dict[str, float]]:
+        if self.events is None or len(self.events) == 0:
+            return Counters.empty(self.counter_names), {}
+        counts = np.stack([self.events[name].to_numpy() for name in self.counter_names], axis=1)
+        counters = Counters.from_events(
+            self.counter_names, item_ids.lookup(self.events["item_id"]), self.events["bucket"].to_numpy(), counts,
+            bucket_ms=self.schema.count_bucket_hours * HOUR_MS, offset_ms=int(self.schema.utc_offset_hours * HOUR_MS))
+        shown = max(float(counts[:, 0].sum()), 1.0)
+        return counters, {name: float(counts[:, i].sum()) / shown for i, name in enumerate(self.counter_names) if i}
+
+    # ---- files
+    def save(self, uri: str) -> None:
+        """Writes the part into a folder."""
+        for name, table in self.values.items():
+            storage.write_arrow(storage.join(uri, f"values.{name}.arrow"), table)
+        for name, sample in self.samples.items():
+            storage.write_arrow(storage.join(uri, f"sample.{name}.arrow"), pa.table({"hash": sample[:, 0], "value": sample[:, 1]}))
+        if self.events is not None:
+            storage.write_arrow(storage.join(uri, "events.arrow"), self.events)
+        storage.write_json(storage.join(uri, "part.json"), {
+            "values": sorted(self.values), "samples": sorted(self.samples), "events": self.events is not None,
+            "moments": {name: moments.tolist() for name, moments in self.moments.items()}})
+
+    @classmethod
+    def load(cls, uri: str, schema: FeatureSchema) -> "FitPart":
+        """The inverse of `save`."""
+        facts = storage.read_json(storage.join(uri, "part.json"))
+        samples = {n: storage.read_arrow(storage.join(uri, f"sample.{n}.arrow")) for n in facts["samples"]}
+        return cls(
+            schema,
+            values={n: storage.read_arrow(storage.join(uri, f"values.{n}.arrow")) for n in facts["values"]},
+            moments={n: np.array(m) for n, m in facts["moments"].items()},
+            samples={n: np.stack([t["hash"].to_numpy(), t["value"].to_numpy()], axis=1) for n, t in samples.items()},
+            events=storage.read_arrow(storage.join(uri, "events.arrow")) if facts["events"] else None,
+        )
+
+
+def _summed(tables: list[pa.Table]) -> pa.Table:
+    kinds = {table.schema.field("value").type for table in tables}
+    if len(kinds) > 1:
+        raise DataError(f"one vocabulary holds both {' and '.join(sorted(map(str, kinds)))}; cast the columns to one type")
+    grouped = pa.concat_tables(tables).group_by("value").aggregate([("count", "sum")])
+    return grouped.rename_columns(["value", "count"])
+
+
+def _summed_events(tables: list[pa.Table], names: tuple[str, ...]) -> pa.Table:
+    grouped = pa.concat_tables(tables).group_by(["item_id", "bucket"]).aggregate([(name, "sum") for name in names])
+    return grouped.rename_columns(["item_id", "bucket", *names])
+
+
+def required_columns(schema: FeatureSchema, form: str) -> list[str]:
+    """The columns that a raw table of a form must have, features and labels included."""
+    plain = [f.name for f in schema.side("user", "context") if not isinstance(f, ClockFeature) and f.kind != "history"]
+    if form == "requests":
+        return ["request_id", "user_id", "time_ms", "candidates", *plain, *schema.labels]
+    events = [f.name for f in schema.side("event") if not isinstance(f, AgeFeature)]
+    return ["user_id", "time_ms", "item_id", *plain, *events, *schema.labels]

@@ -1,0 +1,161 @@
+"""train: shards -> bundle, with Ray Train. The loop itself is plain PyTorch (training/loop.py)."""
+
+import os
+import tempfile
+import threading
+import time
+import uuid
+from typing import Any
+
+import torch
+
+from raycascade import storage
+from raycascade.bundle import save_bundle
+from raycascade.cascade import Cascade
+from raycascade.config import Config
+from raycascade.errors import ConfigError, RaycascadeError
+from raycascade.progress import ProgressLine
+from raycascade.shards import Shards
+from raycascade.training import checkpoint
+from raycascade.training.checkpoint import Progress
+from raycascade.training.loop import Place, Run, Save, fit
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains and writes a bundle; returns {"bundle", "rows_per_s", "seconds", "loss", "rows"}.
+
+    `train.run` names the run: an unfinished run of that name goes on from its last checkpoint; a finished one is an
+    error, because bundles are immutable.
+    """
+    started = time.monotonic()
+    shards = Shards.open(config.paths.shards)
+    shards.require_split("train")
+    name = config.train.run or f"run-{uuid.uuid4().hex[:10]}"
+    config = config.model_copy(update={"train": config.train.model_copy(update={"run": name})})
+    target = storage.join(config.paths.bundles, name)
+    if storage.exists(storage.join(target, "manifest.json")):
+        raise ConfigError(f"train.run {name!r} is finished: its bundle is {target}; choose another name to train again")
+    cascade = Run.build(config, shards, Place()).cascade  # every mistake in the config shows here, before Ray starts
+    progress = _fit_on_ray(config, shards, cascade)
+    save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
+                users=shards.table("users"), metrics={"train": _summary(progress), "curves": progress.curves})
+    storage.remove_folder(storage.join(_runs_folder(config), name))
+    return {"bundle": target, **_summary(progress), "seconds": round(time.monotonic() - started, 2)}
+
+
+def _summary(progress: Progress) -> dict[str, Any]:
+    losses = [value for _, value in progress.curves.get("loss", [])][-20:]
+    return {"rows": progress.rows, "rows_per_s": round(progress.rows / max(progress.seconds, 1e-9), 1),
+            "train_seconds": round(progress.seconds, 2), "loss": sum(losses) / max(1, len(losses))}
+
+
+def _runs_folder(config: Config) -> str:
+    return storage.join(config.paths.bundles, "_runs")
+
+
+def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
+    """Runs the loop on Ray Train; leaves the final weights in `cascade`."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    gpu = torch.cuda.is_available() if config.train.gpu is None else config.train.gpu
+    cores = max(1, (os.cpu_count() or 1) // config.train.workers)
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    trainer = TorchTrainer(
+        _worker, train_loop_config={"config": config.model_dump(mode="json"), "threads": cores, "board": board},
+        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
+        run_config=RunConfig(name=config.train.run, storage_path=_runs_folder(config),
+                             failure_config=FailureConfig(max_failures=2),
+                             checkpoint_config=CheckpointConfig(num_to_keep=2)),
+    )
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, config.train.epochs, stop), daemon=True)
+    watcher.start()
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _user_error(board) or error from None
+    finally:
+        stop.set()
+        watcher.join()
+    assert result.checkpoint is not None, "the loop always ends with a checkpoint"
+    with result.checkpoint.as_directory() as folder:
+        return checkpoint.load_weights(folder, cascade)
+
+
+def _worker(options: dict[str, Any]) -> None:
+    """One training worker."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    torch.set_num_threads(options["threads"])
+    config = Config.model_validate(options["config"])
+    place = Place(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
+    run = Run.build(config, Shards.open(config.paths.shards), place)
+    progress = Progress()
+    if held := ray.train.get_checkpoint():
+        with held.as_directory() as folder:
+            progress = checkpoint.load(folder, run.cascade, run.objective, run.optimisers)
+
+    def report(progress: Progress, steps: int, save: Save | None) -> None:
+        if place.rank == 0:
+            options["board"].post.remote((progress.epoch, progress.step, steps, progress.rows, progress.seconds))
+        if save is None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            held = None
+            if place.rank == 0:
+                save(folder)
+                held = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": progress.total_steps}, checkpoint=held)
+
+    try:
+        fit(run, progress, report)
+    except RaycascadeError as error:
+        ray.get(options["board"].fail.remote(type(error).__name__, str(error)))
+        raise
+
+
+class _Board:
+    """Where rank 0 posts how far it is, and what a user has to mend; the driver reads it."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, int, int, int, float] | None = None
+        self.failure: tuple[str, str] | None = None
+
+    def post(self, latest: tuple[int, int, int, int, float]) -> None:
+        self.latest = latest
+
+    def fail(self, kind: str, message: str) -> None:
+        self.failure = (kind, message)
+
+    def read(self) -> tuple[int, int, int, int, float] | None:
+        return self.latest
+
+    def read_failure(self) -> tuple[str, str] | None:
+        return self.failure
+
+
+def _watch(board: Any, epochs: int, stop: threading.Event) -> None:
+    """Shows rows per second and the time left until stopped."""
+    import ray
+
+    line = ProgressLine("train")
+    while not stop.wait(1.0):
+        latest = ray.get(board.read.remote())
+        if latest is not None:
+            epoch, step, steps, rows, seconds = latest
+            share = (epoch + step / steps) / epochs if steps else 1.0
+            line.show(share, rows, seconds, detail=f"epoch {min(epoch + 1, epochs)}/{epochs}")
+    line.close()
+
+
+def _user_error(board: Any) -> RaycascadeError | None:
+    import ray
+
+    import raycascade.errors
+
+    failure = ray.get(board.read_failure.remote())
+    return getattr(raycascade.errors, failure[0])(failure[1]) if failure else None

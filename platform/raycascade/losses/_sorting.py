@@ -1,0 +1,169 @@
+"""Differentiable sorting and top-k: the soft rank of every candidate of a list, and the chance to be among the best q.
+
+Operators: `neuralsort` (Grover, Wang, Zweig and Ermon, ICLR 2019), `softsort` (Prillo and Eisenschlos, ICML 2020) and
+`dftopk` (Zhu et al., arXiv 2510.11472), each for lists of their own length N: padding has no part in anything, and
+where q >= N everybody is in, as a constant. Probabilities are invariant to a shift of a request's scores.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Operator = Literal["neuralsort", "softsort", "dftopk"]
+LogForm = Literal["eps", "exact"]
+NegativeForm = Literal["complement", "direct"]
+EPS = 1e-6
+TEMPERATURES: dict[Operator, float] = {"neuralsort": 50.0, "softsort": 1.0, "dftopk": 1.0}
+LOG_ZERO = -1e30  # finite, so that 0 times its gradient is 0
+_CLOSEST_TO_ZERO = -1e-7  # the largest logarithm below 0 that float32 tells from 0 after expm1
+
+
+# ---------------------------------------------------------------- the operators
+def neural_sort(scores_QC: Tensor, mask_QC: Tensor, *, temperature: float) -> Tensor:
+    """Row logits [Q, C ranks, C items] of NeuralSort: ((N + 1 - 2 rank) s_j - sum_l |s_j - s_l|) / temperature."""
+    apart_QCC = (scores_QC[:, :, None] - scores_QC[:, None, :]).abs()
+    spread_QC = torch.where(mask_QC[:, None, :], apart_QCC, 0.0).sum(dim=2)
+    rank_C = torch.arange(1, scores_QC.shape[1] + 1, device=scores_QC.device)
+    factor_QC = (mask_QC.sum(dim=1, keepdim=True) + 1 - 2 * rank_C).to(scores_QC.dtype)
+    return (factor_QC[:, :, None] * scores_QC[:, None, :] - spread_QC[:, None, :]) / temperature
+
+
+def soft_sort(scores_QC: Tensor, mask_QC: Tensor, *, temperature: float) -> Tensor:
+    """Row logits [Q, C ranks, C items] of SoftSort: -|s_[rank] - s_j| / temperature; sorted values carry gradient."""
+    sorted_QC = torch.where(mask_QC, scores_QC, LOG_ZERO).sort(dim=1, descending=True).values
+    sorted_QC = torch.where(_rows(mask_QC), sorted_QC, 0.0)
+    return -(sorted_QC[:, :, None] - scores_QC[:, None, :]).abs() / temperature
+
+
+def df_topk(scores_QC: Tensor, mask_QC: Tensor, q: int, *, temperature: float) -> Tensor:
+    """Logits [Q, C] of being among the best q: (s_j - (s_[q] + s_[q+1]) / 2) / temperature; 0 on padding and where
+    N <= q. The threshold carries gradient."""
+    if q >= scores_QC.shape[1]:
+        return 0.0 * scores_QC
+    best_Qq = torch.where(mask_QC, scores_QC, LOG_ZERO).topk(q + 1, dim=1).values
+    binding_Q1 = mask_QC.sum(dim=1, keepdim=True) > q
+    threshold_Q1 = torch.where(binding_Q1, (best_Qq[:, q - 1 : q] + best_Qq[:, q:]) / 2, 0.0)
+    return torch.where(mask_QC & binding_Q1, (scores_QC - threshold_Q1) / temperature, 0.0)
+
+
+def _rows(mask_QC: Tensor) -> Tensor:
+    """Bool [Q, C]: which ranks there are in a list of N candidates."""
+    rank_C = torch.arange(1, mask_QC.shape[1] + 1, device=mask_QC.device)
+    return rank_C <= mask_QC.sum(dim=1, keepdim=True)
+
+
+def _row_logits(scores_QC: Tensor, mask_QC: Tensor, operator: Operator, temperature: float) -> tuple[Tensor, Tensor]:
+    assert operator != "dftopk", "dftopk has no permutation matrix"
+    sort = neural_sort if operator == "neuralsort" else soft_sort
+    scores_QC = torch.where(mask_QC, scores_QC, 0.0)
+    logits_QCC = torch.where(mask_QC[:, None, :], sort(scores_QC, mask_QC, temperature=temperature), LOG_ZERO)
+    return logits_QCC, _rows(mask_QC)[:, :, None] & mask_QC[:, None, :]
+
+
+def soft_permutation(scores_QC: Tensor, mask_QC: Tensor, operator: Operator, temperature: float) -> Tensor:
+    """P [Q, C ranks, C items] of neuralsort or softsort. Rows of ranks <= N sum to 1; other rows and padding are 0."""
+    logits_QCC, real_QCC = _row_logits(scores_QC, mask_QC, operator, temperature)
+    return torch.where(real_QCC, logits_QCC.softmax(dim=2), 0.0)
+
+
+def log_permutation(scores_QC: Tensor, mask_QC: Tensor, operator: Operator, temperature: float) -> Tensor:
+    """ln P without underflow, LOG_ZERO at ranks beyond N and on padding."""
+    logits_QCC, real_QCC = _row_logits(scores_QC, mask_QC, operator, temperature)
+    return torch.where(real_QCC, logits_QCC.log_softmax(dim=2), LOG_ZERO)
+
+
+# ---------------------------------------------------------------- the chance to be among the best q
+@dataclass(frozen=True)
+class TopProbability:
+    """p, the chance to be among the best q, and rest, the chance not to be, with their logarithms; [Q, C].
+
+    `exact_pair`: the two logarithms come from one logit, so that each is the exact complement of the other.
+    """
+
+    p_QC: Tensor
+    rest_QC: Tensor
+    log_p_QC: Tensor
+    log_rest_QC: Tensor
+    binding_Q1: Tensor
+    exact_pair: bool
+
+    def survival(self, negative_form: NegativeForm) -> Tensor:
+        """r, the chance to survive as negatives see it: 1 - rest (complement) or p itself (direct)."""
+        return 1.0 - self.rest_QC if negative_form == "complement" else self.p_QC
+
+    def log_survival(self, negative_form: NegativeForm) -> tuple[Tensor, Tensor]:
+        """(ln r, ln(1 - r)); the gradient runs through the ranks beyond q (complement) or up to q (direct)."""
+        if self.exact_pair:
+            return self.log_p_QC, self.log_rest_QC
+        if negative_form == "complement":
+            return _log_one_minus_exp(self.log_rest_QC), self.log_rest_QC
+        return self.log_p_QC, torch.where(self.binding_Q1, _log_one_minus_exp(self.log_p_QC), LOG_ZERO)
+
+
+def _log_one_minus_exp(log_x: Tensor) -> Tensor:
+    return torch.log(-torch.expm1(log_x.clamp(max=_CLOSEST_TO_ZERO)))
+
+
+class SoftRanking:
+    """The soft ranking of one stage's lists, computed once; `top(q)` may then be asked for several widths.
+
+    `log_form`: eps is ln(x + eps), which caps a term at -ln eps and ends its gradient there; exact works on logarithms
+    throughout, and is always used for dftopk. `temperature` None takes the operator's own.
+    """
+
+    def __init__(
+        self, scores_QC: Tensor, mask_QC: Tensor, *, operator: Operator, temperature: float | None = None,
+        log_form: LogForm = "eps", eps: float = EPS,
+    ) -> None:
+        self.temperature = TEMPERATURES[operator] if temperature is None else temperature
+        self.operator, self.eps = operator, eps
+        self.log_form: LogForm = "exact" if operator == "dftopk" else log_form
+        self.mask_QC, self.scores_QC = mask_QC, torch.where(mask_QC, scores_QC, 0.0)
+        self.matrix_QCC: Tensor | None = None
+        if operator != "dftopk":
+            permutation = log_permutation if self.log_form == "exact" else soft_permutation
+            self.matrix_QCC = permutation(self.scores_QC, mask_QC, operator, self.temperature)
+
+    def top(self, q: int) -> TopProbability:
+        """Probabilities of the best q. On padding p and rest are 0; where N <= q, p is 1 and rest 0 as constants."""
+        if self.matrix_QCC is None:
+            logit_QC = df_topk(self.scores_QC, self.mask_QC, q, temperature=self.temperature)
+            logs = torch.nn.functional.logsigmoid(logit_QC), torch.nn.functional.logsigmoid(-logit_QC)
+            return self._from_logs(*logs, q)
+        if self.log_form == "eps":
+            return self._from_sums(self.matrix_QCC, q)
+        all_QC = self.matrix_QCC.logsumexp(dim=1).detach()
+        inside_QC = self.matrix_QCC[:, :q].logsumexp(dim=1) - all_QC
+        outside = self.matrix_QCC[:, q:]
+        outside_QC = outside.logsumexp(dim=1) - all_QC if outside.shape[1] else torch.zeros_like(inside_QC)
+        return self._from_logs(inside_QC, outside_QC, q)
+
+    def _binding(self, q: int) -> Tensor:
+        return self.mask_QC.sum(dim=1, keepdim=True) > q
+
+    def _from_sums(self, permutation_QCC: Tensor, q: int) -> TopProbability:
+        binding_Q1 = self._binding(q)
+        # the column sum must not carry gradient: it normalises, it is not part of the objective (LCRON, eq. 10)
+        column_QC = permutation_QCC.sum(dim=1).detach() + self.eps
+        p_QC = torch.where(binding_Q1, permutation_QCC[:, :q].sum(dim=1) / column_QC, self.mask_QC.to(column_QC.dtype))
+        rest_QC = torch.where(binding_Q1, permutation_QCC[:, q:].sum(dim=1) / column_QC, 0.0)
+        return TopProbability(p_QC, rest_QC, torch.log(p_QC + self.eps), torch.log(rest_QC + self.eps), binding_Q1,
+                              exact_pair=False)
+
+    def _from_logs(self, inside_QC: Tensor, outside_QC: Tensor, q: int) -> TopProbability:
+        binding_Q1 = self._binding(q)
+        known_QC = self.mask_QC & binding_Q1
+        log_p_QC = torch.where(known_QC, inside_QC, 0.0)
+        log_rest_QC = torch.where(known_QC, outside_QC, LOG_ZERO)
+        return TopProbability(torch.where(self.mask_QC, log_p_QC.exp(), 0.0), log_rest_QC.exp(), log_p_QC, log_rest_QC,
+                              binding_Q1, exact_pair=self.operator == "dftopk")
+
+
+def topk_probability(
+    scores_QC: Tensor, mask_QC: Tensor, q: int, operator: Operator, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(p, rest) [Q, C] of the best q for any operator; p + rest is S / (S + eps), for dftopk 1."""
+    top = SoftRanking(scores_QC, mask_QC, operator=operator, temperature=temperature).top(q)
+    return top.p_QC, top.rest_QC

@@ -1,0 +1,129 @@
+"""din: deep interest network (Zhou et al. 2018, arXiv 1706.06978)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field as Option
+from torch import Tensor, nn
+
+from raycascade.batch import Batch
+from raycascade.errors import ConfigError
+from raycascade.models._inputs import FieldInputs, InputOptions
+from raycascade.models._layers import ActivationName, NormName, SplitMLP, UpperLayers, linear, masked_softmax
+from raycascade.models._model import TorchModel
+from raycascade.schema import FeatureSpace
+
+CACHE_FLOATS = 1 << 20  # one block of attention activations, sized to stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class DinState:
+    """The request's half: its share of the MLP's first layer [Q, H], and of the attention's [Q, L, A]."""
+
+    request_QH: Tensor
+    events_QLD: Tensor
+    keys_QLA: Tensor
+    mask_QL: Tensor
+
+
+class InterestAttention(nn.Module):
+    """a_j = MLP([v; e_j; v - e_j; v * e_j; g_j]), zero where masked; no softmax unless asked for.
+
+    The first layer runs in blocks: v (W_v + W_d) once a candidate, e_j (W_e - W_d) + g_j W_g once an event, and only
+    (v * e_j) W_p for every pair.
+    """
+
+    def __init__(
+        self, width: int, event_width: int, hidden: tuple[int, ...], *, activation: ActivationName,
+        normalise: Literal["none", "softmax"],
+    ) -> None:
+        super().__init__()
+        self.widths = [width] * 4 + [event_width]
+        self.normalise = normalise
+        self.whole_batch = activation == "dice"  # its statistics need every pair at once
+        self.first = linear(sum(self.widths), hidden[0], activation=activation)
+        self.upper = UpperLayers(hidden, 1, activation=activation, out_bias=normalise == "none")
+
+    def of_events(self, events_QLD: Tensor, extra_QLG: Tensor) -> Tensor:
+        """The events' share of the first layer [Q, L, A]."""
+        _, own, difference, _, extra = self.first.weight.split(self.widths, 1)
+        return nn.functional.linear(torch.cat([events_QLD, extra_QLG], -1), torch.cat([own - difference, extra], 1),
+                                    self.first.bias)
+
+    def forward(self, state: DinState, target_QCD: Tensor, mask_QC: Tensor) -> Tensor:
+        """Weights [Q, C, L]."""
+        own, _, difference, _, _ = self.first.weight.split(self.widths, 1)
+        target_QCA = nn.functional.linear(target_QCD, own + difference)
+        pairs = max(1, target_QCD.shape[1] * state.mask_QL.shape[1])
+        on_cpu = target_QCD.device.type == "cpu" and not self.whole_batch
+        size = max(1, CACHE_FLOATS // (pairs * target_QCA.shape[2])) if on_cpu else len(target_QCD)
+        inputs = (target_QCD, target_QCA, state.events_QLD, state.keys_QLA, mask_QC, state.mask_QL)
+        blocks = (x.split(size) for x in inputs)
+        logits_QCL = torch.cat([self._logits(*block) for block in zip(*blocks, strict=True)])
+        mask_Q1L = state.mask_QL[:, None]
+        if self.normalise == "softmax":
+            return masked_softmax(logits_QCL, mask_Q1L)
+        return logits_QCL.masked_fill(~mask_Q1L, 0.0)
+
+    def _logits(
+        self, target_QCD: Tensor, target_QCA: Tensor, events_QLD: Tensor, keys_QLA: Tensor, mask_QC: Tensor,
+        mask_QL: Tensor,
+    ) -> Tensor:
+        product = self.first.weight.split(self.widths, 1)[3]
+        pairs_QCLA = nn.functional.linear(target_QCD[:, :, None] * events_QLD[:, None], product)
+        pairs_QCLA = pairs_QCLA + keys_QLA[:, None] + target_QCA[:, :, None]
+        return self.upper(pairs_QCLA, mask_QC[:, :, None] & mask_QL[:, None]).squeeze(-1)
+
+
+class Din(TorchModel):
+    """z = MLP([request; pooled; candidate]), pooled = sum_j a_j e_j over the history.
+
+    e_j and v are the same item fields of an event and of the candidate; what only events have (action, age) enters the
+    attention alone. ConfigError without a history.
+    """
+
+    class Config(InputOptions):
+        """The paper's preset: attention [80, 40] sigmoid, hidden [200, 80], dim 64."""
+
+        hidden: tuple[int, ...] = (64, 32)
+        activation: ActivationName = "dice"
+        norm: NormName = "none"
+        dropout: float = Option(default=0.0, ge=0, lt=1)
+        attention_hidden: tuple[int, ...] = Option(default=(36,), min_length=1)
+        attention_activation: ActivationName = "prelu"
+        normalise: Literal["none", "softmax"] = "none"
+
+    def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
+        super().__init__()
+        self.inputs = FieldInputs(config, space, model="din")
+        if not self.inputs.history_fields:
+            raise ConfigError("din: the stage sees no history of items; declare one or use mlp")
+        width = self.inputs.history_width
+        self.attention = InterestAttention(width, self.inputs.event_width, config.attention_hidden,
+                                           activation=config.attention_activation, normalise=config.normalise)
+        self.mlp = SplitMLP(self.inputs.request_width(history=False), width + self.inputs.candidate_width,
+                            config.hidden, num_tasks, activation=config.activation, norm=config.norm,
+                            dropout=config.dropout)
+
+    def encode_request(self, batch: Batch) -> DinState:
+        """The request's share of both first layers, and the events."""
+        events_QLD = self.inputs.history_matrix(batch)
+        return DinState(
+            request_QH=self.mlp.of_request(self.inputs.request_matrix(batch, history=False)),
+            events_QLD=events_QLD,
+            keys_QLA=self.attention.of_events(events_QLD, self.inputs.event_matrix(batch)),
+            mask_QL=batch.history_mask_QL,
+        )
+
+    def score_candidates(self, state: DinState, batch: Batch) -> Tensor:
+        """Logits [Q, C, T]."""
+        candidates_QCD = self.inputs.candidate_matrix(batch)
+        weights_QCL = self.attention(state, self.inputs.as_event(candidates_QCD), batch.mask_QC)
+        pooled_QCD = weights_QCL @ state.events_QLD
+        return self.mlp(state.request_QH, torch.cat([pooled_QCD, candidates_QCD], -1), batch.mask_QC)
+
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """`attention` [Q, C, L]: the weight of every event for every candidate."""
+        target_QCD = self.inputs.as_event(self.inputs.candidate_matrix(batch))
+        return {"attention": self.attention(self.encode_request(batch), target_QCD, batch.mask_QC)}

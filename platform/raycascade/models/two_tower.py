@@ -1,0 +1,145 @@
+"""two_tower: one vector for the user, one for the item (DSSM, Huang et al. 2013)."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field as Option
+from torch import Tensor, nn
+
+from raycascade.batch import Batch
+from raycascade.errors import ConfigError
+from raycascade.models._inputs import FieldInputs, InputOptions, embedding_table
+from raycascade.models._layers import MLP, ActivationName, NormName, masked_softmax
+from raycascade.models._model import TorchModel
+from raycascade.schema import FeatureSpace
+
+LARGEST_LOG_SCALE = math.log(100.0)
+
+
+class TwoTower(TorchModel):
+    """z = exp(g_t) u_t . v + b_t, with u and v L2-normalised (cosine) or as they are (dot).
+
+    An item has one vector for all tasks, a user one per task. ConfigError for a feature that depends on the user and
+    the item together: a tower cannot see it.
+    """
+
+    class Config(InputOptions):
+        """`vector_dim`: width of u and v. `temperature`: 1 / exp(g) at first (None: 0.1 for cosine, 1 for dot).
+        `user_history`: how the history enters the user's tower. `item_bias`: adds a learned scalar per item id to the
+        score. `index_task`: the task whose order an index reproduces."""
+
+        hidden: tuple[int, ...] = (64,)
+        vector_dim: int = Option(default=32, ge=1)
+        activation: ActivationName = "relu"
+        norm: NormName = "none"
+        dropout: float = Option(default=0.0, ge=0, lt=1)
+        similarity: Literal["cosine", "dot"] = "cosine"
+        temperature: float | None = Option(default=None, gt=0)
+        user_history: Literal["mean", "attention"] = "mean"
+        item_bias: bool = False
+        index_task: int = Option(default=0, ge=0)
+
+    def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
+        super().__init__()
+        _refuse_what_towers_cannot_use(config, space, num_tasks)
+        self.config, self.num_tasks = config, num_tasks
+        self.inputs = FieldInputs(config, space, model="two_tower")
+        width = self.inputs.request_width(history=True)
+        if not width:
+            raise ConfigError("two_tower: no feature of the user is left; exclude fewer features from the stage")
+        self.user_tower = self._tower(width, num_tasks * config.vector_dim)
+        self.item_tower = self._tower(self.inputs.candidate_width, config.vector_dim)
+        events = self.inputs.history_width + self.inputs.event_width
+        self.history_query = (
+            nn.Parameter(torch.randn(events) * events**-0.5) if config.user_history == "attention" else None)
+        default = 0.1 if config.similarity == "cosine" else 1.0
+        self.log_scale = nn.Parameter(torch.full((num_tasks,), -math.log(config.temperature or default)))
+        self.bias = nn.Parameter(torch.zeros(num_tasks))
+        self.item_bias = embedding_table(space["item_id"].num_rows, num_tasks, std=0.0) if config.item_bias else None
+
+    def _tower(self, width: int, out: int) -> MLP:
+        config = self.config
+        return MLP(width, config.hidden, out, activation=config.activation, norm=config.norm, dropout=config.dropout)
+
+    def first_order(self) -> tuple[nn.Module, ...]:
+        """The items' biases."""
+        return () if self.item_bias is None else (self.item_bias,)
+
+    # ---- the two halves
+    def encode_request(self, batch: Batch) -> Tensor:
+        """users_QTD, without scale and bias."""
+        if self.history_query is None:
+            x_QD = self.inputs.request_matrix(batch, history=True)
+        else:
+            own_QD = self.inputs.request_matrix(batch, history=False)
+            events_QLD = self._events(batch)
+            pooled_Q1D = self._history_weights(events_QLD, batch.history_mask_QL)[:, None] @ events_QLD
+            x_QD = torch.cat([own_QD, pooled_Q1D.flatten(1)], -1)
+        return self._normalised(self.user_tower(x_QD).unflatten(-1, (self.num_tasks, self.config.vector_dim)))
+
+    def score_candidates(self, state: Tensor, batch: Batch) -> Tensor:
+        """Logits [Q, C, T]."""
+        items_QCD = self._item_vectors(batch.item, batch.mask_QC.shape, batch.mask_QC)
+        logits_QCT = self.scale * (items_QCD @ state.transpose(1, 2)) + self.bias
+        return logits_QCT if self.item_bias is None else logits_QCT + self.item_bias(batch.item["item_id"])
+
+    def _events(self, batch: Batch) -> Tensor:
+        return torch.cat([self.inputs.history_matrix(batch), self.inputs.event_matrix(batch)], -1)
+
+    def _history_weights(self, events_QLD: Tensor, mask_QL: Tensor) -> Tensor:
+        assert self.history_query is not None
+        return masked_softmax(events_QLD @ self.history_query, mask_QL)
+
+    def _item_vectors(self, item: Mapping[str, Tensor], leading: tuple[int, ...], mask: Tensor | None) -> Tensor:
+        return self._normalised(self.item_tower(self.inputs.matrix(item, self.inputs.item_fields, leading), mask))
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(vectors, dim=-1) if self.config.similarity == "cosine" else vectors
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(g) [T], at most 100."""
+        return self.log_scale.clamp(max=LARGEST_LOG_SCALE).exp()
+
+    # ---- for an index, and for negatives shared by a batch
+    def embed_users(self, batch: Batch) -> Tensor:
+        """users_QD of task `index_task`: scale * users_QD @ items_ND.T + b is the score. With item biases D grows by 1,
+        whose value is 1."""
+        users_QD = self.encode_request(batch)[:, self.config.index_task]
+        return users_QD if self.item_bias is None else torch.cat([users_QD, users_QD.new_ones(len(users_QD), 1)], -1)
+
+    def embed_items(self, item: Mapping[str, Tensor]) -> Tensor:
+        """items_ND from item-side fields [N, ...]; the last column is bias / scale where there are item biases."""
+        task = self.config.index_task
+        items_ND = self._item_vectors(item, next(iter(item.values())).shape[:1], None)
+        if self.item_bias is None:
+            return items_ND
+        return torch.cat([items_ND, self.item_bias(item["item_id"])[:, task : task + 1] / self.scale[task]], -1)
+
+    def score_items(self, state: Tensor, item: Mapping[str, Tensor]) -> Tensor:
+        """scores_QN of task `index_task`: every request of `encode_request` against one list of items [N, ...]."""
+        task = self.config.index_task
+        items_ND = self._item_vectors(item, next(iter(item.values())).shape[:1], None)
+        scores_QN = self.scale[task] * (state[:, task] @ items_ND.T) + self.bias[task]
+        return scores_QN if self.item_bias is None else scores_QN + self.item_bias(item["item_id"])[:, task]
+
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """`history_attention` [Q, L], with `user_history: attention`."""
+        if self.history_query is None:
+            return {}
+        return {"history_attention": self._history_weights(self._events(batch), batch.history_mask_QL)}
+
+
+def _refuse_what_towers_cannot_use(config: TwoTower.Config, space: FeatureSpace, num_tasks: int) -> None:
+    for field in space.of("pair"):
+        raise ConfigError(f"two_tower: {field.name!r} depends on the user and the item together, which no tower sees; "
+                          "add it to the stage's `exclude`")
+    if config.index_task >= num_tasks:
+        raise ConfigError(f"two_tower: index_task is {config.index_task}, but there are {num_tasks} tasks, from 0 on")
+    if config.user_history == "attention" and not (space.history_len and (space.history_fields or space.of("event"))):
+        raise ConfigError("two_tower: user_history attention needs a history; declare one or set user_history: mean")
+    if config.item_bias and not any(f.name == "item_id" and f.form == "id" for f in space.of("item")):
+        raise ConfigError("two_tower: item_bias needs an id feature 'item_id' of the items; declare it or set "
+                          "item_bias: false")

@@ -1,0 +1,74 @@
+"""What a bundle and its measures look like on the report page."""
+
+from collections.abc import Sequence
+
+import yaml
+
+from raycascade import storage
+from raycascade.bundle import Bundle
+from raycascade.evaluation import Measured
+from raycascade.report import CalibrationBin, Report, StageResult, SurvivalPoint
+
+
+def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> Report:
+    """The content of report.html."""
+    metrics, baselines = measured.metrics(), measured.baselines()
+    training = storage.read_json(storage.join(bundle.uri, "metrics.json"))
+    curves = {name: [(int(s), float(v)) for s, v in points] for name, points in training["curves"].items()}
+    validation = {name: points for name, points in curves.items() if name.startswith("valid")}
+    recall = measured.catalogue
+    facts = {
+        "bundle": bundle.uri.rsplit("/", 1)[-1], "split": split, "evaluated": moment,
+        "requests with positives": f"{recall.requests:,}", "held-out positives": f"{recall.positives:,}",
+        "requests on logged lists": f"{measured.lists.num_requests:,}", "items": f"{bundle.items.num_items:,}",
+        **{f"training {key}": str(value) for key, value in training["train"].items()},
+        **{f"version of {name}": version for name, version in bundle.manifest["versions"].items()},
+    }
+    return Report(
+        title=f"{bundle.uri.rsplit('/', 1)[-1]} on {split}",
+        summary=f"{' -> '.join(bundle.cascade.names)}: {recall.positives:,} held-out positives through the funnel.",
+        headline=[name for name in (*_headline(bundle), "auc") if name in metrics],
+        survival=_survival(bundle, metrics, baselines), stages=_stages(bundle, measured, metrics),
+        kept_to_the_end=int(recall.hits.get(f"recall@{bundle.cascade.keeps[-1]}", 0)) if recall.positives else None,
+        calibration=_calibration(bundle, measured),
+        curves={name: points for name, points in curves.items() if name not in validation}, validation=validation,
+        metrics=metrics, baselines=baselines, facts=facts,
+        config_yaml=yaml.safe_dump(bundle.config.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def _headline(bundle: Bundle) -> list[str]:
+    joint = f"joint_recall@{bundle.config.lists.k}@{bundle.cascade.quotas[-1]}"
+    return [f"recall@{keep}" for keep in dict.fromkeys(bundle.cascade.keeps)] + [joint]
+
+
+def _survival(bundle: Bundle, metrics: dict[str, float], baselines: dict[str, dict[str, float]]) -> list[SurvivalPoint]:
+    points = []
+    for name, keep in zip(bundle.cascade.names, bundle.cascade.keeps, strict=True):
+        if (share := metrics.get(f"recall@{keep}/{name}")) is not None:
+            beside = {other: values[f"recall@{keep}"] for other, values in baselines.items() if f"recall@{keep}" in values}
+            points.append(SurvivalPoint(name, keep, share, beside))
+    return points
+
+
+def _stages(bundle: Bundle, measured: Measured, metrics: dict[str, float]) -> list[StageResult]:
+    """Each stage at its cut against the stage before it cut to the same number, on the catalogue."""
+    names, keeps = bundle.cascade.names, bundle.cascade.keeps
+    rows, arriving = [], float(measured.catalogue.positives)
+    for position, (name, keep) in enumerate(zip(names, keeps, strict=True)):
+        left = measured.catalogue.hits.get(f"recall@{keep}/{name}")
+        before = names[position - 1] if position else None
+        rows.append(StageResult(
+            name, keep, recall=metrics.get(f"recall@{keep}/{name}"),
+            previous=metrics.get(f"recall@{keep}/{before}") if before else None,
+            lost=int(arriving - left) if left is not None else None))
+        arriving = left if left is not None else arriving
+    return rows
+
+
+def _calibration(bundle: Bundle, measured: Measured) -> dict[str, Sequence[CalibrationBin]]:
+    if measured.ranker.num_rows == 0:
+        return {}
+    curve = zip(*measured.ranker.calibration_curve(), strict=True)
+    label = f"{bundle.cascade.names[-1]}: {bundle.state.schema.positive}"
+    return {label: [CalibrationBin(float(p), float(o), int(n)) for p, o, n in curve]}

@@ -1,0 +1,217 @@
+"""Shards: encoded requests by split, encoded items, users and the fitted state; the manifest is published last.
+
+    <root>/manifest.json              names the current version and every file of it
+    <root>/v-<id>/requests/<split>/part-00000.parquet   users/part-00000.parquet   items/part-00000.parquet   features/
+
+Readers open only what the manifest names, so a half-written version is invisible. This file owns the format: writer
+helpers, reader and version stand here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raycascade import storage
+from raycascade.errors import ShardError
+from raycascade.features import FeatureState
+from raycascade.items import ItemTable
+
+FORMAT_VERSION = 1
+ROWS_PER_GROUP = 1024
+WINDOW_GROUPS = 8  # row groups that are shuffled together
+
+
+def write_part(uri: str, tables: Iterator[pa.Table]) -> int:
+    """Streams tables of one schema into a Parquet file with row groups of ROWS_PER_GROUP; no file for no rows."""
+    filesystem, path = storage.resolve(uri)
+    writer, rows = None, 0
+    try:
+        for table in _regrouped(tables):
+            if writer is None:
+                storage.make_folder(uri.rsplit("/", 1)[0])
+                writer = pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
+            writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+            rows += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows
+
+
+def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of ROWS_PER_GROUP (the last one may be shorter)."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        while sum(map(len, held)) >= ROWS_PER_GROUP:
+            joined = pa.concat_tables(held, promote_options="none")
+            yield joined.slice(0, ROWS_PER_GROUP)
+            held = [joined.slice(ROWS_PER_GROUP)]
+    if held and sum(map(len, held)):
+        yield pa.concat_tables(held)
+
+
+def publish(root: str, version: str, facts: dict[str, object]) -> None:
+    """Publishes a finished version: hashes its files, then replaces the manifest atomically. The version before the
+    previous one is removed; the previous one stays for runs that still read it."""
+    old = storage.read_json(storage.join(root, "manifest.json")) if storage.exists(storage.join(root, "manifest.json")) else {}
+    folder = storage.join(root, version)
+    files = {}
+    for name in storage.list_files(folder):
+        uri = storage.join(folder, name)
+        files[name] = {"sha256": storage.sha256(uri), "bytes": _size(uri)}
+        if name.endswith(".parquet"):
+            filesystem, path = storage.resolve(uri)
+            files[name]["row_groups"] = _group_sizes(pq.read_metadata(path, filesystem=filesystem))
+    manifest = {"format_version": FORMAT_VERSION, "version": version, "previous": old.get("version"), **facts, "files": files}
+    storage.write_json(storage.join(root, "manifest.json"), manifest)
+    if old.get("previous"):
+        storage.remove_folder(storage.join(root, old["previous"]))
+
+
+def _group_sizes(metadata: pq.FileMetaData) -> list[int]:
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def _size(uri: str) -> int:
+    filesystem, path = storage.resolve(uri)
+    return filesystem.get_file_info(path).size
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A published version, opened. `manifest` is what `prepare` wrote."""
+
+    folder: str
+    manifest: dict
+
+    @classmethod
+    def open(cls, root: str) -> "Shards":
+        """Reads the manifest; ShardError where there is none, of another format or with a file that has changed size."""
+        uri = storage.join(root, "manifest.json")
+        if not storage.exists(uri):
+            raise ShardError(f"{root}: no manifest.json, so no finished shards; run `raycascade prepare` with this config")
+        manifest = storage.read_json(uri)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ShardError(f"{uri}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; run prepare again")
+        shards = cls(storage.join(root, manifest["version"]), manifest)
+        for name, facts in manifest["files"].items():
+            file = storage.join(shards.folder, name)
+            if not storage.exists(file) or _size(file) != facts["bytes"]:
+                seen = f"{_size(file)} bytes" if storage.exists(file) else "no file"
+                raise ShardError(f"{file}: expected {facts['bytes']} bytes, found {seen}; run prepare again")
+        return shards
+
+    @cached_property
+    def state(self) -> FeatureState:
+        """The fitted features."""
+        return FeatureState.load(storage.join(self.folder, "features"))
+
+    @cached_property
+    def items(self) -> ItemTable:
+        """The encoded catalogue in memory."""
+        return ItemTable.from_encoded(self.table("items"), self.state)
+
+    def files(self, prefix: str) -> list[str]:
+        """Names of the Parquet files below a prefix such as requests/train, in order."""
+        return [name for name in self.manifest["files"] if name.startswith(f"{prefix}/") and name.endswith(".parquet")]
+
+    def table(self, prefix: str) -> pa.Table:
+        """All rows below a prefix (items, users) as one table."""
+        return pa.concat_tables([self._open(name).read() for name in self.files(prefix)])
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Rows of every split."""
+        return self.manifest["requests"]
+
+    def require_split(self, split: str) -> None:
+        """ShardError if a split is not there or is empty."""
+        if not self.splits.get(split):
+            raise ShardError(f"{self.folder}: split {split!r} has no requests; splits are {self.splits}; set `splits` and "
+                             "run prepare again")
+
+    def _open(self, name: str) -> pq.ParquetFile:
+        filesystem, path = storage.resolve(storage.join(self.folder, name))
+        return pq.ParquetFile(path, filesystem=filesystem)
+
+    def groups(self, split: str) -> list[tuple[str, int, int]]:
+        """(file, row group, rows) of a split, in order."""
+        sizes = self.manifest["files"]
+        return [(name, group, rows) for name in self.files(f"requests/{split}")
+                for group, rows in enumerate(sizes[name]["row_groups"])]
+
+    def read_group(self, name: str, group: int) -> pa.Table:
+        """One row group; ShardError if the file is damaged."""
+        try:
+            return self._open(name).read_row_group(group)
+        except (pa.ArrowException, OSError) as error:
+            raise ShardError(f"{self.folder}/{name}: cannot be read ({error}); run prepare again") from None
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Batches of encoded requests for one worker: shuffled by seed and epoch, resumable to the exact batch.
+
+    Every worker reads its own row groups, and all workers make the same number of steps. `batch_size` is per worker.
+    """
+
+    shards: Shards
+    split: str
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+
+    def _plan(self, epoch: int) -> list[list[tuple[str, int, int]]]:
+        """Row groups per worker for an epoch: the largest next group to the worker with the fewest rows."""
+        groups = self.shards.groups(self.split)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(groups)) if self.shuffle else range(len(groups))
+        loads, plan = [0] * self.world_size, [[] for _ in range(self.world_size)]
+        for i in order:
+            worker = int(np.argmin(loads))
+            plan[worker].append(groups[i])
+            loads[worker] += groups[i][2]
+        return plan
+
+    def num_steps(self, epoch: int) -> int:
+        """Steps of an epoch. A single worker reads every row; several leave out what does not fill a batch on all."""
+        rows = [sum(size for _, _, size in groups) for groups in self._plan(epoch)]
+        if self.world_size == 1:
+            return -(-rows[0] // self.batch_size)
+        steps = min(rows) // self.batch_size
+        if steps == 0:
+            raise ShardError(f"split {self.split!r} has too few rows for {self.world_size} workers with {self.batch_size} "
+                             f"requests a step each (rows per worker: {rows}); use fewer workers or a smaller batch")
+        return steps
+
+    def batches(self, epoch: int, *, start: int = 0) -> Iterator[pa.Table]:
+        """The batches of an epoch from step `start` on; the same ones whatever the start."""
+        limit = self.num_steps(epoch)
+        step, held = 0, []
+        for window in self._windows(epoch):
+            held.append(window)
+            rows = pa.concat_tables(held)
+            whole = len(rows) // self.batch_size
+            for i in range(whole):
+                if start <= step < limit:
+                    yield rows.slice(i * self.batch_size, self.batch_size)
+                step += 1
+            held = [rows.slice(whole * self.batch_size)]
+        rest = pa.concat_tables(held) if held else None
+        if rest is not None and len(rest) and start <= step < limit:
+            yield rest
+
+    def _windows(self, epoch: int) -> Iterator[pa.Table]:
+        groups = self._plan(epoch)[self.rank]
+        for first in range(0, len(groups), WINDOW_GROUPS):
+            table = pa.concat_tables([self.shards.read_group(name, g) for name, g, _ in groups[first:first + WINDOW_GROUPS]])
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, epoch, self.rank, first]).permutation(len(table))
+                table = table.take(order)
+            yield table

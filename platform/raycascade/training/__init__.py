@@ -1,0 +1,1 @@
+"""The training step and its state in plain PyTorch: no Ray in here."""

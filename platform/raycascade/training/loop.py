@@ -1,0 +1,162 @@
+"""The training loop: plain PyTorch, the same on one worker or many, resumable to the exact step."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raycascade.batch import Batch, collate
+from raycascade.cascade import Cascade
+from raycascade.config import Config
+from raycascade.errors import ConfigError
+from raycascade.shards import ShardReader, Shards
+from raycascade.training import checkpoint
+from raycascade.training.checkpoint import Progress
+from raycascade.training.objective import Objective, finite
+from raycascade.training.optimisers import Optimisers
+from raycascade.training.sampling import Catalogue, with_negatives
+
+CURVE_POINTS = 200  # points a curve keeps per epoch, at most
+Save = Callable[[str], None]
+Report = Callable[[Progress, int, Save | None], None]  # progress, steps of the epoch, how to write a checkpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker stands."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one worker trains with, built the same way on every worker."""
+
+    config: Config
+    shards: Shards
+    cascade: Cascade
+    objective: Objective
+    optimisers: Optimisers
+    catalogue: Catalogue
+    place: Place
+
+    @classmethod
+    def build(cls, config: Config, shards: Shards, place: Place) -> "Run":
+        """Same seed, same initial weights on every worker."""
+        torch.manual_seed(config.train.seed)
+        cascade = Cascade(config, shards.state.space).to(place.device)
+        objective = Objective(config, cascade).to(place.device)
+        return cls(config, shards, cascade, objective, Optimisers(cascade, objective, config.train),
+                   Catalogue.of(shards.items), place)
+
+    def reader(self, split: str, *, shuffle: bool = True) -> ShardReader:
+        """Batches of this worker's share of a split; the whole of it without shuffling."""
+        train, place = self.config.train, self.place
+        if not shuffle:
+            return ShardReader(self.shards, split, train.batch_size, shuffle=False)
+        if train.batch_size % place.world_size:
+            raise ConfigError(f"train.batch_size {train.batch_size} must be a multiple of the {place.world_size} workers")
+        return ShardReader(self.shards, split, train.batch_size // place.world_size, seed=train.seed, rank=place.rank,
+                           world_size=place.world_size)
+
+
+def fit(run: Run, progress: Progress, report: Report) -> Progress:
+    """Trains from `progress` to the end. Calls `report` once per step group, the same number of times on all workers."""
+    train = run.config.train
+    reader = run.reader("train")
+    while progress.epoch < train.epochs and not progress.finished:
+        steps = reader.num_steps(progress.epoch)
+        started, before = time.monotonic(), progress.seconds
+        for batch, rng in _prefetched(run, reader, progress.epoch, progress.step):
+            _train_step(run, batch, rng, progress, record=progress.step % max(1, steps // CURVE_POINTS) == 0)
+            progress.step += 1
+            progress.total_steps += 1
+            progress.seconds = before + time.monotonic() - started
+            progress.finished = train.max_steps is not None and progress.total_steps >= train.max_steps
+            if progress.finished:
+                break
+            due = progress.total_steps % train.checkpoint_steps == 0
+            report(progress, steps, _saver(run, progress) if due else None)
+        _end_epoch(run, progress)
+    progress.finished = True
+    report(progress, 0, _saver(run, progress))
+    return progress
+
+
+def _saver(run: Run, progress: Progress) -> Save:
+    return lambda folder: checkpoint.save(folder, run.cascade, run.objective, run.optimisers, progress)
+
+
+def _generators(run: Run, epoch: int, step: int) -> np.random.Generator:
+    return np.random.default_rng([run.config.train.seed, epoch, step, run.place.rank])
+
+
+def _prefetched(run: Run, reader: ShardReader, epoch: int, start: int) -> Iterator[tuple[Batch, np.random.Generator]]:
+    """Batches made one ahead in a thread, with the step's own random generator."""
+    k, quotas, negatives = run.config.lists.k, run.cascade.quotas, run.config.train.negatives
+
+    def make(step: int, rows: object) -> tuple[Batch, np.random.Generator]:
+        rng = _generators(run, epoch, step)
+        batch = collate(rows, run.shards.items, keep=quotas, k=k)  # type: ignore[arg-type]
+        if negatives.per_request:
+            batch = with_negatives(batch, run.catalogue, count=negatives.per_request, source=negatives.source, rng=rng)
+        return batch.to(run.place.device), rng
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for step, rows in enumerate(reader.batches(epoch, start=start), start):
+            following = pool.submit(make, step, rows)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _train_step(run: Run, batch: Batch, rng: np.random.Generator, progress: Progress, *, record: bool) -> None:
+    torch.manual_seed(int(rng.integers(1 << 62)))
+    run.cascade.train()
+    run.optimisers.zero()
+    on_gpu = run.place.device != "cpu"
+    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and run.config.train.bf16):
+        output = run.objective(run.cascade, batch, run.catalogue, rng)
+    if not finite(output):
+        parts = {name: float(value) for name, value in output.parts.items()}
+        raise ConfigError(f"the loss is not finite at step {progress.total_steps} ({parts}); lower train.lr or the temperature")
+    output.total.backward()
+    run.optimisers.step()
+    progress.rows += int(batch.targets.mask_QC.sum()) * run.place.world_size if batch.targets else 0
+    if record:
+        for name, value in {"loss": output.total, **output.parts}.items():
+            progress.curves.setdefault(name, []).append((progress.total_steps, float(value)))
+
+
+def _end_epoch(run: Run, progress: Progress) -> None:
+    """Validates, and decides whether to stop early."""
+    progress.epoch, progress.step = progress.epoch + 1, 0
+    if not run.shards.splits.get("valid"):
+        return
+    loss = validation_loss(run)
+    progress.curves.setdefault("valid_loss", []).append((progress.total_steps, loss))
+    better = progress.best_valid is None or loss < progress.best_valid
+    progress.epochs_without_gain = 0 if better else progress.epochs_without_gain + 1
+    progress.best_valid = loss if better else progress.best_valid
+    patience = run.config.train.early_stop
+    progress.finished = progress.finished or (patience is not None and progress.epochs_without_gain >= patience)
+
+
+@torch.no_grad()
+def validation_loss(run: Run) -> float:
+    """Mean objective over the validation split, the same on every worker (each reads all of it)."""
+    run.cascade.eval()
+    total, weight = 0.0, 0
+    for batch, rng in _prefetched(run, run.reader("valid", shuffle=False), 0, 0):
+        output = run.objective(run.cascade, batch, run.catalogue, rng)
+        total += float(output.total) * batch.num_requests
+        weight += batch.num_requests
+    return total / max(1, weight)

@@ -1,0 +1,121 @@
+"""Optimisers and gradients: sparse rows for embeddings, AdamW for the rest, clipping per stage, averaging over workers."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from raycascade.cascade import Cascade
+from raycascade.config import Train
+
+
+class Optimisers:
+    """One sparse and one dense optimiser over all stages and the loss's own parameters.
+
+    SparseAdam touches only the rows of the batch, so that the size of a table does not change the time of a step.
+    """
+
+    def __init__(self, cascade: Cascade, objective: nn.Module, train: Train) -> None:
+        self.stages = {name: [p for p in model.parameters() if p.requires_grad] for name, model in cascade.models.items()}
+        sparse = [m.weight for m in cascade.modules() if isinstance(m, nn.Embedding) and m.sparse]
+        in_tables = {id(p) for p in sparse}
+        dense = [p for p in cascade.parameters() if id(p) not in in_tables and p.requires_grad]
+        extra = [p for p in objective.parameters() if p.requires_grad]
+        self.tables: list[nn.Parameter] = sparse
+        self.dense: list[nn.Parameter] = [*dense, *extra]
+        self.clip = train.clip
+        self._all: list[torch.optim.Optimizer] = []
+        if sparse:
+            self._all.append(torch.optim.SparseAdam(sparse, lr=train.embedding_lr or train.lr))
+        groups = [{"params": dense, "weight_decay": train.weight_decay}, {"params": extra, "weight_decay": 0.0}]
+        if groups := [group for group in groups if group["params"]]:
+            self._all.append(torch.optim.AdamW(groups, lr=train.lr))
+
+    def zero(self) -> None:
+        """Forgets the gradients."""
+        for parameter in (*self.tables, *self.dense):
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Averages over workers, clips each stage, updates."""
+        average_gradients(self.tables, self.dense)
+        if self.clip is not None:
+            for parameters in self.stages.values():
+                clip_norm(parameters, self.clip)
+        for optimiser in self._all:
+            optimiser.step()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Tensors and plain numbers of both optimisers, by flat name."""
+        tensors, numbers = {}, {}
+        for i, optimiser in enumerate(self._all):
+            for parameter, entries in optimiser.state_dict()["state"].items():
+                for key, value in entries.items():
+                    name = f"{i}.{parameter}.{key}"
+                    if isinstance(value, Tensor):
+                        tensors[name] = value.contiguous()
+                    else:
+                        numbers[name] = value
+        return tensors, numbers
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """The inverse of `state`."""
+        for i, optimiser in enumerate(self._all):
+            state: dict[int, dict[str, object]] = {}
+            for name, value in {**tensors, **numbers}.items():
+                owner, parameter, key = name.split(".", 2)
+                if int(owner) == i:
+                    state.setdefault(int(parameter), {})[key] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def clip_norm(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scales the gradients of one stage, sparse ones included, to a total L2 norm of at most `limit`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+    scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    if scale < 1.0:
+        for gradient in gradients:
+            gradient.mul_(scale)
+
+
+def average_gradients(tables: list[nn.Parameter], dense: list[nn.Parameter]) -> None:
+    """Means over all workers; nothing for one. Dense gradients travel as one flat tensor, tables as their touched rows.
+
+    A parameter that got no gradient on a worker counts as zero there.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    world = torch.distributed.get_world_size()
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in dense])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    for parameter, part in zip(dense, flat.split([p.numel() for p in dense]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    for table in tables:
+        table.grad = _gathered(table, world)
+
+
+def _gathered(parameter: nn.Parameter, world: int) -> Tensor:
+    """Every worker's touched rows of a table, added up and divided by the number of workers."""
+    if parameter.grad is None:
+        rows, values = torch.zeros(0, dtype=torch.long, device=parameter.device), parameter.new_zeros(0, *parameter.shape[1:])
+    else:
+        gradient = parameter.grad.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world)]
+    torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    most = int(max(counts))
+    padded_rows = torch.cat([rows, rows.new_zeros(most - len(rows))])
+    padded_values = torch.cat([values, values.new_zeros(most - len(values), *values.shape[1:])])
+    all_rows = [torch.empty_like(padded_rows) for _ in range(world)]
+    all_values = [torch.empty_like(padded_values) for _ in range(world)]
+    torch.distributed.all_gather(all_rows, padded_rows)
+    torch.distributed.all_gather(all_values, padded_values)
+    joined_rows = torch.cat([r[:int(n)] for r, n in zip(all_rows, counts, strict=True)])
+    joined_values = torch.cat([v[:int(n)] for v, n in zip(all_values, counts, strict=True)])
+    return torch.sparse_coo_tensor(joined_rows[None], joined_values / world, parameter.shape, check_invariants=False).coalesce()
