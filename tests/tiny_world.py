@@ -1,4 +1,4 @@
-"""A hand-made log of every feature kind, small enough to fit and bundle in a second, without Ray and without training."""
+"""A hand-made log of every feature kind, small enough to fit and bundle in a second, without Ray and training."""
 
 import numpy as np
 import pyarrow as pa
@@ -41,12 +41,12 @@ SCHEMA = FeatureSchema.model_validate({
 def config(*, keeps: dict[str, int] | None = None) -> Config:
     """Three stages; the data set is never read."""
     keeps = keeps or KEEPS
-    models = {"retriever": {"name": "two_tower", "dim": 8, "hidden": [16], "vector_dim": 8},
-              "pre_ranker": {"name": "mlp", "dim": 8, "hidden": [16]}, "ranker": {"name": "din", "dim": 8, "hidden": [16]}}
-    stages = [{"name": name, "keep": keep, "model": models[name],
-               "exclude": ["same_author", "city_author"] if name == "retriever" else []} for name, keep in keeps.items()]
-    return parse_config({"dataset": {"name": "simulated"}, "splits": {"test_from": "2024-01-08"}, "stages": stages},
-                        where="tiny")
+    models = {"retriever": "two_tower", "pre_ranker": "mlp", "ranker": "din"}
+    pairs = {"retriever": ["same_author", "city_author"]}
+    stages = [{"name": name, "keep": keep, "model": {"name": models[name], "dim": 8, "hidden": [16]},
+               "exclude": pairs.get(name, [])} for name, keep in keeps.items()]
+    tree = {"dataset": {"name": "simulated"}, "splits": {"test_from": "2024-01-08"}, "stages": stages}
+    return parse_config(tree, where="tiny")
 
 
 def item_id(position: int) -> int:
@@ -56,12 +56,14 @@ def item_id(position: int) -> int:
 
 def raw_items() -> pa.Table:
     draw = np.random.default_rng(1)
+    tags = [draw.integers(0, 9, draw.integers(0, 4)).tolist() for _ in range(NUM_ITEMS)]
+    content = draw.normal(size=(NUM_ITEMS, 4)).astype(np.float32).tolist()
     return pa.table({
         "item_id": pa.array([item_id(p) for p in range(NUM_ITEMS)], pa.int64()),
         "author": pa.array([f"author {a}" for a in draw.integers(0, 12, NUM_ITEMS)]),
-        "tags": pa.array([draw.integers(0, 9, draw.integers(0, 4)).tolist() for _ in range(NUM_ITEMS)], pa.list_(pa.int64())),
+        "tags": pa.array(tags, pa.list_(pa.int64())),
         "length": draw.lognormal(2.0, 1.0, NUM_ITEMS),
-        "content": pa.array(draw.normal(size=(NUM_ITEMS, 4)).astype(np.float32).tolist(), pa.list_(pa.float32())),
+        "content": pa.array(content, pa.list_(pa.float32())),
         "born_ms": pa.array(START_MS - draw.integers(0, 30 * DAY_MS, NUM_ITEMS), pa.int64()),
     })
 
@@ -74,7 +76,8 @@ def raw_requests() -> pa.Table:
     moments = START_MS + np.tile(np.arange(8) * 20, NUM_USERS) * 3_600_000
     past = [[item_id(p) for p in draw.integers(0, NUM_ITEMS, draw.integers(0, 14))] for _ in range(count)]
     actions = [["click" if one % 2 else "skip" for one in row] for row in past]
-    times = [[int(moment) - 60_000 * (len(row) - i) for i in range(len(row))] for row, moment in zip(past, moments, strict=True)]
+    times = [[int(moment) - 60_000 * (len(row) - i) for i in range(len(row))]
+             for row, moment in zip(past, moments, strict=True)]
     candidates = [[item_id(p) for p in draw.choice(NUM_ITEMS, 6, replace=False)] for _ in range(count)]
     exclude = [[item_id(p) for p in range(5)] if user == 3 else [] for user in users]
     return pa.table({

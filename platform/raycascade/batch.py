@@ -12,11 +12,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycascade.features import FeatureState, age_rows, clock_rows, fold
-from raycascade.items import ItemTable
+from raycascade.features import FeatureState, clock_rows, fold
+from raycascade.items import ItemTable, age_rows
 from raycascade.ragged import Ragged
 from raycascade.schema import (
-    FIRST_ROW, AgeFeature, ClockFeature, CrossFeature, DenseFeature, HistoryFeature, IdFeature, IdsFeature, MatchFeature,
+    FIRST_ROW,
+    AgeFeature,
+    ClockFeature,
+    CrossFeature,
+    DenseFeature,
+    HistoryFeature,
+    IdFeature,
+    IdsFeature,
+    MatchFeature,
     VectorFeature,
 )
 
@@ -63,7 +71,7 @@ class Batch:
 
     def to(self, device: "torch.device | str") -> "Batch":
         """The same batch with every tensor on another device."""
-        return _moved(self, device)
+        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
 
     def with_candidates(self, rows_QC: Tensor, mask_QC: Tensor, items: ItemTable) -> "Batch":
         """The same requests over other candidates (the survivors of a stage). There are no targets for them."""
@@ -72,12 +80,12 @@ class Batch:
         return replace(bare, item=_item_side(bare, items))
 
 
-def _moved(value: object, device: "torch.device | str") -> "object":
+def _moved(value: object, device: "torch.device | str") -> object:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: _moved(inner, device) for key, inner in value.items()}
-    if isinstance(value, Batch | Targets):
+    if isinstance(value, Targets):
         return replace(value, **{name: _moved(inner, device) for name, inner in vars(value).items()})
     return value
 
@@ -130,7 +138,9 @@ def _request_field(requests: pa.Table, feature: object, state: FeatureState, tim
     return {name: torch.tensor(requests[name].to_numpy().astype(np.float32)) for name in names}
 
 
-def _history_side(requests: pa.Table, items: ItemTable, time_ms: np.ndarray) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def _history_side(
+    requests: pa.Table, items: ItemTable, time_ms: np.ndarray
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     state, feature = items.state, items.state.schema.history
     if feature is None:
         nothing = np.zeros((len(requests), 0), np.int64)
@@ -168,16 +178,18 @@ def _item_side(batch: Batch, items: ItemTable) -> dict[str, Tensor]:
     batch = replace(batch, item=fields)
     for feature in items.state.schema.features:
         if isinstance(feature, MatchFeature):
-            fields[feature.name] = _matches(batch, feature, items.state)
+            fields[feature.name] = _matches(batch, feature, items)
     return {**fields, **_crosses(batch, items.state, "item"), **_crosses(batch, items.state, "pair")}
 
 
-def _matches(batch: Batch, feature: MatchFeature, state: FeatureState) -> Tensor:
+def _matches(batch: Batch, feature: MatchFeature, items: ItemTable) -> Tensor:
     """log1p of the matching events, or the smoothed rate of the action among them; [Q, C] float32."""
     if feature.field == "item_id":
         events, candidates = batch.history_rows_QL[:, :, None], batch.candidates_QC[:, :, None]
     else:
-        events, candidates = batch.history[feature.field], batch.item[feature.field]
+        # The model may see fewer fields of an event (HistoryFeature.fields) than are matched.
+        events = items.fields(batch.history_rows_QL, 0, names=(feature.field,))[feature.field]
+        candidates = batch.item[feature.field]
         events = events if events.ndim == 3 else events[:, :, None]
         candidates = candidates if candidates.ndim == 3 else candidates[:, :, None]
     same_QCL = torch.zeros(*batch.mask_QC.shape, events.shape[1], dtype=torch.bool)
@@ -187,27 +199,33 @@ def _matches(batch: Batch, feature: MatchFeature, state: FeatureState) -> Tensor
     same_QCL &= batch.history_mask_QL[:, None, :]
     if feature.action is None:
         return torch.log1p(same_QCL.sum(-1).float())
-    vocabulary = state.vocabularies[_vocabulary_of(state, feature.action)]
-    chosen = vocabulary.lookup(pa.array(list(feature.values)).cast(vocabulary.values.type))
-    acted_QL = torch.isin(batch.history[feature.action], torch.from_numpy(chosen[chosen >= FIRST_ROW]))
+    acted_QL = torch.isin(batch.history[feature.action], torch.from_numpy(_rows_of_values(feature, items.state)))
     acted_QC = (same_QCL & acted_QL[:, None, :]).sum(-1).float()
     if not feature.rate:
         return torch.log1p(acted_QC)
     return (acted_QC + 0.5) / (same_QCL.sum(-1).float() + 1.0)
 
 
-def _vocabulary_of(state: FeatureState, name: str) -> str:
-    feature = next(f for f in state.schema.features if f.name == name)
-    assert isinstance(feature, IdFeature), feature
-    return feature.vocabulary or feature.name
+def _rows_of_values(feature: MatchFeature, state: FeatureState) -> np.ndarray:
+    """Rows of the chosen values of the action, whether the log holds them as text or as integers."""
+    action = next(f for f in state.schema.features if f.name == feature.action)
+    assert isinstance(action, IdFeature), action
+    vocabulary = state.vocabularies[action.vocabulary or action.name]
+    text = pa.array(feature.values, pa.string())
+    whole = pa.array([int(v) for v in feature.values if v.removeprefix("-").isdecimal()], pa.int64())
+    if vocabulary.buckets:  # a hashed vocabulary does not say which of the two it was fitted on
+        rows = np.concatenate([vocabulary.lookup(text), vocabulary.lookup(whole)])
+    else:
+        rows = vocabulary.lookup(text if pa.types.is_string(vocabulary.values.type) else whole)
+    return rows[rows >= FIRST_ROW]
 
 
 def _crosses(batch: Batch, state: FeatureState, side: str) -> dict[str, Tensor]:
     crossed: dict[str, Tensor] = {}
     for position, feature in enumerate(state.schema.features):
         if isinstance(feature, CrossFeature) and state.side_of(feature) == side:
-            parts = [batch.item[p] if p in batch.item else batch.user[p][:, None] if side != "request" else batch.user[p]
-                     for p in feature.parts]
+            user = batch.user if side == "request" else {name: value[:, None] for name, value in batch.user.items()}
+            parts = [batch.item[p] if p in batch.item else user[p] for p in feature.parts]
             rows = torch.broadcast_tensors(*parts)
             known = torch.stack([part >= FIRST_ROW for part in rows]).all(0)
             hashed = fold([part.numpy() for part in rows], seed=position) % np.uint64(feature.buckets)

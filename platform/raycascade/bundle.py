@@ -58,7 +58,8 @@ class Bundle:
 
     def batch(self, requests: pa.Table) -> Batch:
         """Encoded requests -> a batch without candidates, ready for `recommend`."""
-        kept = [n for n in requests.column_names if n not in {"candidates", "reached", "rank", "relevance", *self.state.schema.labels}]
+        about_candidates = {"candidates", "reached", "rank", "relevance", *self.state.schema.labels}
+        kept = [name for name in requests.column_names if name not in about_candidates]
         return collate(requests.select(kept), self.items)
 
     def recommend(self, requests: pa.Table) -> Ranking:
@@ -161,7 +162,8 @@ def save_bundle(
     """Writes a whole bundle; the manifest comes last, so that an unfinished one cannot be loaded."""
     if storage.exists(storage.join(uri, "manifest.json")):
         raise BundleError(f"{uri}: there is a bundle already; bundles are immutable: choose another train.run")
-    storage.write_bytes(storage.join(uri, "config.yaml"), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    storage.write_bytes(storage.join(uri, "config.yaml"), text.encode())
     items.state.save(storage.join(uri, "features"))
     _write_parquet(storage.join(uri, "items/items.parquet"), encoded_items)
     _write_parquet(storage.join(uri, "users/users.parquet"), users)
@@ -188,14 +190,16 @@ def verify(uri: str) -> dict[str, Any]:
     """The manifest, after every file was compared with its hash; BundleError says which file is wrong."""
     file = storage.join(uri, "manifest.json")
     if not storage.exists(file):
-        raise BundleError(f"{uri}: no manifest.json, so no finished bundle; give the URI that `raycascade train` printed")
+        raise BundleError(f"{uri}: no manifest.json, so no finished bundle; "
+                          "give the URI that `raycascade train` printed")
     try:
         manifest = storage.read_json(file)
         version, files = manifest["format_version"], manifest["files"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise BundleError(f"{file}: damaged; restore the bundle or train again") from None
     if version != FORMAT_VERSION:
-        raise BundleError(f"{file}: format {version}, this version reads {FORMAT_VERSION}; train again or use the other version")
+        raise BundleError(f"{file}: format {version}, this version reads {FORMAT_VERSION}; "
+                          "train again or use the other version")
     for name, expected in files.items():
         path = storage.join(uri, name)
         if not storage.exists(path):
@@ -210,11 +214,12 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
     """A verified bundle, its cascade in evaluation mode."""
     uri = storage.absolute(uri)
     manifest = verify(uri)
-    config = parse_config(yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml"))), where=f"{uri}/config.yaml")
+    tree = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
+    config = parse_config(tree, where=f"{uri}/config.yaml")
     state = FeatureState.load(storage.join(uri, "features"))
     if state.schema.fingerprint() != manifest["fingerprint"]:
-        raise BundleError(f"{uri}: made for schema {manifest['fingerprint']}, its features have "
-                          f"{state.schema.fingerprint()}; train again")
+        raise BundleError(f"{uri}/features/schema.json: schema {state.schema.fingerprint()}, but the bundle was made for "
+                          f"{manifest['fingerprint']}; train again")
     filesystem, path = storage.resolve(storage.join(uri, "items/items.parquet"))
     items = ItemTable.from_encoded(pq.read_table(path, filesystem=filesystem), state)
     cascade = Cascade(config, state.space)
@@ -223,8 +228,8 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
         try:
             cascade.models[name].load_state_dict(weights)
         except RuntimeError as error:
-            raise BundleError(f"{uri}/stages/{name}: weights do not fit the config ({str(error).splitlines()[-1].strip()}); "
-                              "train again") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise BundleError(f"{uri}/stages/{name}/weights.safetensors: they do not fit the config ({reason}); train again") from None
     plugin, options = plugins.options("indexes", config.index, "index")
     index = plugin(options)
     index.load(storage.join(uri, "index"))

@@ -22,7 +22,7 @@ ITEM_CHUNK = 65_536  # items embedded at once
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What one stage saw, best first; the first `keep` went on. Of the first stage's catalogue only the best are listed."""
+    """What one stage saw, best first; the first `keep` went on. Of the first stage's catalogue only the best are here."""
 
     name: str
     keep: int
@@ -76,8 +76,8 @@ class Cascade(nn.Module):
         """The first stage, which must embed users and items to search the catalogue."""
         first = self.models[self.names[0]]
         if not hasattr(first, "embed_items"):
-            raise ConfigError(f"stage {self.names[0]!r} cannot search a catalogue: only a model with item vectors, such as "
-                              "two_tower, can; put one first")
+            raise ConfigError(f"stage {self.names[0]!r} cannot search a catalogue: only a model with item vectors, "
+                              "such as two_tower, can; put one first")
         return cast(TowerModel, first)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -145,8 +145,8 @@ class _Survivors:
 def _outcome(name: str, keep: int, rows_QC: Tensor, scores_QC: Tensor, mask_QC: Tensor) -> tuple[StageOutcome, Tensor]:
     """Sorted by score; equal scores keep the order of the stage before."""
     sorted_QC, best_QC = scores_QC.sort(dim=1, descending=True, stable=True)
-    outcome = StageOutcome(name, keep, rows_QC.gather(1, best_QC).numpy(), sorted_QC.numpy(), mask_QC.gather(1, best_QC).numpy())
-    return outcome, best_QC
+    best_rows_QC, best_mask_QC = rows_QC.gather(1, best_QC), mask_QC.gather(1, best_QC)
+    return StageOutcome(name, keep, best_rows_QC.numpy(), sorted_QC.numpy(), best_mask_QC.numpy()), best_QC
 
 
 def without_excluded(found: Candidates, exclude: tuple[np.ndarray, ...], keep: int) -> Candidates:
@@ -157,7 +157,8 @@ def without_excluded(found: Candidates, exclude: tuple[np.ndarray, ...], keep: i
     span = int(found.rows_QK.max(initial=0)) + 1
     excluded = np.concatenate([*exclude, np.zeros(0, np.int64)])
     banned = (request_E * span + excluded)[excluded < span]
-    drop_QK = np.isin(np.arange(len(found.rows_QK))[:, None] * span + found.rows_QK, banned) | (found.rows_QK == PADDING)
+    pair_QK = np.arange(len(found.rows_QK))[:, None] * span + found.rows_QK
+    drop_QK = np.isin(pair_QK, banned) | (found.rows_QK == PADDING)
     order_QK = np.argsort(drop_QK, axis=1, kind="stable")[:, :keep]
     dropped_QK = np.take_along_axis(drop_QK, order_QK, 1)
     rows_QK = np.where(dropped_QK, PADDING, np.take_along_axis(found.rows_QK, order_QK, 1))

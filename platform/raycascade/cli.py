@@ -20,10 +20,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config")]
 BundleUri = Annotated[str, typer.Argument(metavar="BUNDLE", help="the URI that `train` printed")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="overrides such as train.epochs=2")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="overrides such as train.epochs=2")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object on the last line")]
 Address = Annotated[str | None, typer.Option("--address", help="a Ray cluster; default: a local Ray")]
-Submit = Annotated[str | None, typer.Option("--submit", metavar="URL", help="send this command to a cluster as a Ray job")]
+Submit = Annotated[
+    str | None, typer.Option("--submit", metavar="URL", help="send this command to a cluster as a Ray job")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -52,7 +56,8 @@ def run(arguments: list[str]) -> int:
         if debug:
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        return _complain(f"{type(error).__name__}: {lines[-1].strip()} (run again with --debug for the traceback)", 1, None)
+        problem = f"{type(error).__name__}: {lines[-1].strip()}"
+        return _complain(f"{problem} (run again with --debug for the traceback)", 1, None)
     return 0
 
 
@@ -184,7 +189,9 @@ def explain(
 @app.command()
 def serve(
     bundle: BundleUri,
-    mode: Annotated[str, typer.Option("--mode", help="composed: a deployment per stage; fused: all in one replica")] = "composed",
+    mode: Annotated[
+        str, typer.Option("--mode", help="composed: a deployment per stage; fused: all in one replica")
+    ] = "composed",
     host: str = "127.0.0.1", port: int = 8000, address: Address = None, debug: Debug = False,
 ) -> None:
     """Serve a bundle over HTTP until interrupted."""

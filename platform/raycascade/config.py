@@ -2,6 +2,8 @@
 
 import datetime as dt
 import os
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from pydantic import Field as Option, ValidationError, field_validator, model_va
 from raycascade import plugins, storage
 from raycascade.errors import ConfigError
 from raycascade.schema import Frozen, near_miss
+
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 class Paths(Frozen):
@@ -24,14 +28,15 @@ class Paths(Frozen):
 class Splits(Frozen):
     """Requests by time: train before `valid_from` (or `test_from`), then valid, then test up to `test_until`.
 
-    Dates are ISO days or moments in a fixed zone; null leaves a split out. `train_from` drops what is older.
+    Dates are ISO days or moments, in the zone `utc_offset_hours` unless they name one; null leaves a split out.
+    `train_from` drops what is older.
     """
 
     train_from: str | None = None
     valid_from: str | None = None
     test_from: str | None = None
     test_until: str | None = None
-    utc_offset_hours: float = 0.0
+    utc_offset_hours: float = Option(default=0.0, gt=-24, lt=24)
 
     @field_validator("train_from", "valid_from", "test_from", "test_until", mode="before")
     @classmethod
@@ -42,9 +47,10 @@ class Splits(Frozen):
     def _ordered(self) -> "Splits":
         moments = [(n, self.moment_ms(n)) for n in ("train_from", "valid_from", "test_from", "test_until")]
         present = [(name, moment) for name, moment in moments if moment is not None]
-        for (before, a), (after, b) in zip(present, present[1:], strict=False):
+        for (before, a), (after, b) in pairwise(present):
             if a >= b:
-                raise ConfigError(f"splits: {before} ({getattr(self, before)}) must lie before {after} ({getattr(self, after)})")
+                raise ConfigError(f"splits: {before} ({getattr(self, before)}) must lie before "
+                                  f"{after} ({getattr(self, after)})")
         return self
 
     def moment_ms(self, name: str) -> int | None:
@@ -56,7 +62,9 @@ class Splits(Frozen):
             moment = dt.datetime.fromisoformat(text)
         except ValueError:
             raise ConfigError(f"splits.{name}: expected an ISO date such as 2022-04-30, got {text!r}") from None
-        return int((moment.replace(tzinfo=dt.UTC) - dt.timedelta(hours=self.utc_offset_hours)).timestamp() * 1000)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.timezone(dt.timedelta(hours=self.utc_offset_hours)))
+        return round(moment.timestamp() * 1000)
 
     def ranges_ms(self) -> dict[str, tuple[int, int]]:
         """Half-open time range of every split there is, in order of time."""
@@ -148,7 +156,10 @@ class Config(Frozen):
                 raise ConfigError(f"stages: {after.name!r} keeps {after.keep} but {before.name!r} hands on only "
                                   f"{before.keep}; keep must not grow along the stages")
         if self.lists.quotas is not None and len(self.lists.quotas) != len(self.stages):
-            raise ConfigError(f"lists.quotas: {len(self.lists.quotas)} widths for {len(self.stages)} stages; give one each")
+            raise ConfigError(f"lists.quotas: {len(self.lists.quotas)} widths for {len(self.stages)} stages; "
+                              "give one each")
+        if min(self.quotas) < 1 or list(self.quotas) != sorted(self.quotas, reverse=True):
+            raise ConfigError(f"lists.quotas: {list(self.quotas)} must be at least 1 and must not grow along the stages")
         for position, stage in enumerate(self.stages):
             plugins.options("models", stage.model, f"stages.{position}.model")
             if stage.loss:
@@ -167,13 +178,20 @@ def load_config(path: str, overrides: "list[str] | tuple[str, ...]" = ()) -> Con
     """The config in a YAML file with `key.path=value` overrides applied; ConfigError says what is wrong with it."""
     tree = _read_tree(path)
     if base := tree.pop("extends", None):
-        parent = _read_tree(base if os.path.isabs(base) else str(Path(path).parent / base))
+        parent = _read_tree(_beside(path, base))
         if "extends" in parent:
             raise ConfigError(f"{path}: extends {base}, which extends another file; one level is allowed")
         tree = _merge(parent, tree)
     for override in overrides:
         tree = _override(tree, override)
     return parse_config(tree, where=path)
+
+
+def _beside(path: str, other: str) -> str:
+    """Another file, given relative to the folder of the first one."""
+    if os.path.isabs(other) or "://" in other:
+        return other
+    return storage.join(path.rpartition("/")[0], other) if "://" in path else str(Path(path).parent / other)
 
 
 def parse_config(tree: dict[str, Any], *, where: str) -> Config:
@@ -217,9 +235,10 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        mappings = isinstance(old, dict) and isinstance(value, dict)
-        same_plugin = mappings and value.get("name", old.get("name")) == old.get("name")
-        merged[key] = _merge(old, value) if same_plugin else value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -231,18 +250,9 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str) and _is_number(value):
+    if isinstance(value, str) and EXPONENT.fullmatch(value):  # YAML reads 1e-3 as a string
         value = float(value)
     return _set(tree, path.split("."), value, override)
-
-
-def _is_number(text: str) -> bool:
-    """YAML reads 1e-3 as a string; an override means the number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _set(node: Any, path: list[str], value: Any, override: str) -> Any:

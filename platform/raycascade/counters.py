@@ -48,7 +48,9 @@ class Counters:
         before = np.where(first[:, None] > 0, totals[first - 1], 0.0)
         return cls(names, start * bucket_ms - offset_ms, bucket_ms, span, keys, (totals - before).astype(np.float32))
 
-    def as_of(self, rows: np.ndarray, time_ms: np.ndarray, name: str, window_ms: int | None = None) -> np.ndarray:
+    def as_of(
+        self, rows: np.ndarray, time_ms: "np.ndarray | np.integer | int", name: str, window_ms: int | None = None
+    ) -> np.ndarray:
         """Events of `name` for each item row in buckets strictly before the one of `time_ms`; shapes broadcast.
 
         With `window_ms`, only those of the last so many whole buckets.

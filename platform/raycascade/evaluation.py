@@ -76,7 +76,8 @@ class Measured:
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """The same names for recency popularity and for random (its expected value on the catalogue)."""
-        return {name: {**self.baseline_catalogue[name].result(), **self.baseline_lists[name].result()} for name in BASELINES}
+        return {name: {**self.baseline_catalogue[name].result(), **self.baseline_lists[name].result()}
+                for name in BASELINES}
 
 
 class Evaluator:
@@ -147,7 +148,8 @@ class Popularity:
 
     def __init__(self, items: ItemTable, hours: int) -> None:
         state = items.state
-        counts = state.counters.as_of(items.all_rows, np.int64(state.as_of_ms), state.schema.positive or "exposure", hours * 3_600_000)
+        name = state.schema.positive or "exposure"
+        counts = state.counters.as_of(items.all_rows, state.as_of_ms, name, hours * 3_600_000)
         self.scores_N = np.concatenate([np.full(FIRST_ROW, -1.0, np.float32), counts])  # indexed by item row
         self.order_N = items.all_rows[np.argsort(-counts, kind="stable")]
 

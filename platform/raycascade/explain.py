@@ -79,4 +79,5 @@ def _retrieval(bundle: Bundle, batch: Any, row: int) -> tuple[float, int]:
 @torch.no_grad()
 def _score_alone(bundle: Bundle, name: str, batch: Any, row: int) -> float:
     rows_11 = torch.full((1, 1), row)
-    return float(bundle.cascade.score(name, batch.with_candidates(rows_11, torch.ones_like(rows_11, dtype=torch.bool), bundle.items)))
+    alone = batch.with_candidates(rows_11, torch.ones_like(rows_11, dtype=torch.bool), bundle.items)
+    return float(bundle.cascade.score(name, alone))

@@ -9,17 +9,33 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pandas.util import hash_array
 
 from raycascade import storage
 from raycascade.counters import Counters
 from raycascade.errors import DataError
-from raycascade.ragged import Ragged
+from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import (
-    FIRST_ROW, NUM_AGE_BUCKETS, UNKNOWN, AgeFeature, ClockFeature, CountFeature, CrossFeature, DenseFeature, Feature,
-    FeatureSchema, FeatureSpace, Field, Frozen, HistoryFeature, IdFeature, IdsFeature, MatchFeature, VectorFeature,
+    FIRST_ROW,
+    NUM_AGE_BUCKETS,
+    UNKNOWN,
+    AgeFeature,
+    ClockFeature,
+    CrossFeature,
+    DenseFeature,
+    Feature,
+    FeatureSchema,
+    FeatureSpace,
+    Field,
+    FieldSide,
+    Frozen,
+    HistoryFeature,
+    IdFeature,
+    IdsFeature,
+    MatchFeature,
+    VectorFeature,
     near_miss,
 )
 
@@ -35,10 +51,13 @@ def to_keys(array: "pa.Array | pa.ChunkedArray") -> np.ndarray:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
-        return pc.fill_null(array, 0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        try:
+            return pc.fill_null(array, 0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            raise DataError("ids must lie below 2^63; cast the column to text") from None
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_null(array.type):
         text = pc.fill_null(array.cast(pa.string()), "").to_numpy(zero_copy_only=False)
-        return pd.util.hash_array(text, categorize=False).view(np.int64)
+        return hash_array(text, categorize=False).view(np.int64)
     raise DataError(f"ids must be integers or strings, got {array.type}; cast the column")
 
 
@@ -115,14 +134,8 @@ def normalise(values: np.ndarray, how: str, stats: DenseStats) -> np.ndarray:
 
 
 def signed_log(values: np.ndarray) -> np.ndarray:
+    """sign(x) log(1 + |x|)."""
     return np.sign(values) * np.log1p(np.abs(values))
-
-
-def age_rows(age_ms: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Embedding rows of ages: 2 + min(31, floor(log2(1 + seconds))), 1 where the time is not known."""
-    seconds = np.maximum(age_ms, 0) / 1000.0
-    bucket = np.minimum(NUM_AGE_BUCKETS - 1, np.floor(np.log2(1.0 + seconds))).astype(np.int64)
-    return np.where(known, bucket + FIRST_ROW, UNKNOWN)
 
 
 def clock_rows(time_ms: np.ndarray, feature: ClockFeature) -> np.ndarray:
@@ -135,8 +148,11 @@ def clock_rows(time_ms: np.ndarray, feature: ClockFeature) -> np.ndarray:
 def dense_column(table: pa.Table, name: str, *, where: str) -> np.ndarray:
     """Floats with NaN for null. A NaN or infinity in the data is an error that names column and row."""
     column = table[name].combine_chunks()
+    if pa.types.is_null(column.type):
+        return np.full(len(column), np.nan)
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
-        raise DataError(f"{where}: column {name!r} must hold numbers, got {column.type}; cast it or declare it as an id")
+        raise DataError(f"{where}: column {name!r} must hold numbers, got {column.type}; "
+                        "cast it or declare it as an id")
     missing = column.is_null().to_numpy(zero_copy_only=False)
     values = pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy(zero_copy_only=False)
     bad = np.flatnonzero(~np.isfinite(values))
@@ -203,22 +219,23 @@ class FeatureState:
         indicator = isinstance(feature, DenseFeature) and self.dense[name].missing
         return [Field(name=n, side=side, form="dense") for n in ([name, f"{name}_missing"] if indicator else [name])]
 
-    def side_of(self, feature: Feature) -> "str":
+    def side_of(self, feature: Feature) -> FieldSide:
         """Which side of a model a declared feature feeds: request, item, pair or event."""
         if isinstance(feature, CrossFeature):
-            sides = {f.side for f in self.schema.features if f.name in feature.parts and not isinstance(f, CrossFeature)}
+            parts = [f for f in self.schema.features if f.name in feature.parts]
+            sides = {part.side for part in parts if not isinstance(part, CrossFeature)}
             request, item = bool(sides & {"user", "context"}), "item" in sides
             return "pair" if request and item else "item" if item else "request"
         if isinstance(feature, MatchFeature):
             return "pair"
-        return {"user": "request", "context": "request"}.get(feature.side, feature.side)
+        return "request" if feature.side in ("user", "context") else feature.side
 
     # ---- encoding
     def encode_column(self, table: pa.Table, feature: Feature, *, where: str, column: str = "") -> dict[str, pa.Array]:
         """Encoded columns of one id, ids, dense or vector feature; a column that is absent counts as missing."""
         raw = _column(table, column or feature.name)
         if isinstance(feature, IdsFeature):
-            lists = Ragged.from_arrow(raw if pa.types.is_list(raw.type) else pa.nulls(len(table), pa.list_(pa.int64())))
+            lists = id_lists(raw, feature.name, where=where)
             rows = self.vocabularies[feature.vocabulary or feature.name].lookup(lists.values)
             return {feature.name: lists.with_values(rows.astype(np.int32)).to_arrow()}
         if isinstance(feature, IdFeature):
@@ -264,20 +281,18 @@ class FeatureState:
 
     def _encode_history(self, table: pa.Table, *, where: str) -> dict[str, object]:
         history = Ragged.from_arrow(_column(table, "history", pa.list_(pa.int64())))
-        columns: dict[str, object] = {
-            "history": history.with_values(self.item_ids.lookup(history.values).astype(np.int32)).to_arrow()
-        }
+        rows = self.item_ids.lookup(history.values).astype(np.int32)
+        columns: dict[str, object] = {"history": history.with_values(rows).to_arrow()}
         if "history_time_ms" in table.column_names:
             columns["history_time_ms"] = table["history_time_ms"]
         for feature in self.schema.side("event"):
             if isinstance(feature, AgeFeature):
                 continue
             name = f"history_{feature.name}"
-            lists = Ragged.from_arrow(_column(table, name, pa.list_(pa.int64())))
-            if name not in table.column_names:
+            if name in table.column_names:
+                lists = parallel_lists(table, name, history, "history", where=where)
+            else:
                 lists = history.with_values(pa.nulls(len(history.values), pa.int64()))
-            if not np.array_equal(lists.lengths_Q, history.lengths_Q):
-                raise DataError(f"{where}: {name!r} must be as long as 'history' in every row; check the log")
             flat = self.encode_column(pa.table({feature.name: lists.values}), feature, where=f"{where}, {name}")
             columns |= {f"history_{key}": lists.with_values(value).to_arrow() for key, value in flat.items()}
         return columns
@@ -292,13 +307,17 @@ class FeatureState:
         columns: dict[str, object] = {"candidates": candidates.with_values(rows.astype(np.int32)).to_arrow()}
         for name in ("reached", "rank", "relevance", *self.schema.labels):
             if name in table.column_names:
-                columns[name] = _parallel(table, name, candidates, where=where)
+                kind = {"reached": pa.int8(), "rank": pa.int16()}.get(name, pa.float32())
+                lists = parallel_lists(table, name, candidates, "candidates", kind=kind, where=where)
+                if name in ("reached", "relevance") and lists.values.null_count:
+                    raise DataError(f"{where}: {name!r} is null for {lists.values.null_count} candidates; fill it")
+                columns[name] = lists.to_arrow()
         for name in self.schema.labels if strict else ():
             _check_label(table, name, where=where)
         return columns
 
     def encode_items(self, table: pa.Table, *, where: str) -> pa.Table:
-        """Raw items -> encoded items, same row order (position p is item row p + 2), with the raw id kept as `item_key`."""
+        """Raw items -> encoded items, same row order (position p is item row p + 2), the raw id kept as `item_key`."""
         columns: dict[str, object] = {"item_key": table["item_id"]}
         for feature in self.schema.side("item"):
             if isinstance(feature, IdFeature | DenseFeature | VectorFeature):
@@ -349,16 +368,6 @@ def _column(table: pa.Table, name: str, kind: pa.DataType | None = None) -> pa.A
     return table[name].combine_chunks()
 
 
-def _parallel(table: pa.Table, name: str, candidates: Ragged, *, where: str) -> pa.Array:
-    lists = Ragged.from_arrow(table[name])
-    if not np.array_equal(lists.lengths_Q, candidates.lengths_Q):
-        row = int(np.argmax(lists.lengths_Q != candidates.lengths_Q))
-        raise DataError(f"{where}: {name!r} has {lists.lengths_Q[row]} values for {candidates.lengths_Q[row]} candidates "
-                        f"in row {row}; lists must be parallel")
-    kind = {"reached": pa.int8(), "rank": pa.int16()}.get(name, pa.float32())
-    return lists.with_values(lists.values.cast(kind)).to_arrow()
-
-
 def _check_label(table: pa.Table, name: str, *, where: str) -> None:
     if name not in table.column_names:
         raise DataError(f"{where}: label {name!r} is missing{near_miss(name, set(table.column_names))}")
@@ -376,10 +385,12 @@ def vector_column(column: pa.Array, feature: VectorFeature, *, where: str) -> np
         raise DataError(f"{where}: vector {feature.name!r} must be a list of numbers, got {column.type}")
     missing = column.is_null().to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.list_value_length(column), feature.dim).to_numpy(zero_copy_only=False)
-    if (lengths != feature.dim).any():
-        raise DataError(f"{where}: vector {feature.name!r} must have {feature.dim} numbers, got {lengths[lengths != feature.dim][0]}")
+    wrong = lengths[lengths != feature.dim]
+    if len(wrong):
+        raise DataError(f"{where}: vector {feature.name!r} must have {feature.dim} numbers, got {wrong[0]}")
     vectors = np.zeros((len(column), feature.dim), np.float32)
-    vectors[~missing] = column.drop_null().flatten().cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, feature.dim)
+    flat = column.drop_null().flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+    vectors[~missing] = flat.reshape(-1, feature.dim)
     if not np.isfinite(vectors).all():
         raise DataError(f"{where}: vector {feature.name!r} holds NaN or infinity; write null where it is missing")
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 from raycascade import storage
 from raycascade.counters import HOUR_MS, Counters
 from raycascade.errors import DataError
-from raycascade.features import DenseStats, FeatureState, Vocabulary, signed_log, dense_column, fold, to_keys
-from raycascade.ragged import Ragged
+from raycascade.features import DenseStats, FeatureState, Vocabulary, dense_column, fold, signed_log, to_keys
+from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import AgeFeature, ClockFeature, DenseFeature, FeatureSchema, IdFeature, IdsFeature
 
 SAMPLE_SIZE = 10_000  # values kept per quantile feature
 NUM_EDGES = 257
+UNIT_BITS = 1126  # the finest bit of the smallest float64, read as a fraction of 53 bits
 
 
 @dataclass
@@ -27,7 +28,7 @@ class FitPart:
 
     schema: FeatureSchema
     values: dict[str, pa.Table] = field(default_factory=dict)
-    moments: dict[str, np.ndarray] = field(default_factory=dict)  # count, sum, sum of squares, missing
+    moments: dict[str, list[int]] = field(default_factory=dict)  # count, exact_sum of values and squares, missing
     samples: dict[str, np.ndarray] = field(default_factory=dict)  # [hash, value] rows, smallest hashes
     events: pa.Table | None = None  # item_id, bucket, one count per counter name
 
@@ -46,21 +47,26 @@ class FitPart:
         columns = {"item_id": candidates.values, "time_ms": table["time_ms"].to_numpy()[request]}
         for name in ("exposed", *self.schema.labels):
             if name in table.column_names:
-                columns[name] = Ragged.from_arrow(table[name]).values
-        self._add_exposures(pa.table(columns))
-        if "history" in table.column_names and self._counts_items:
-            self._add_values(self._item_vocabulary, Ragged.from_arrow(table["history"]).values)
-        events = {f.name: Ragged.from_arrow(table[f"history_{f.name}"]).values
+                columns[name] = parallel_lists(table, name, candidates, "candidates", where=where).values
+        self._add_exposures(pa.table(columns), where=where)
+        if "history" in table.column_names:
+            self._add_history(table, order, where=where)
+
+    def _add_history(self, table: pa.Table, order: np.ndarray, *, where: str) -> None:
+        history = Ragged.from_arrow(table["history"])
+        if self._counts_items:
+            self._add_values(self._item_vocabulary, history.values, where=f"{where}: history")
+        events = {f.name: parallel_lists(table, f"history_{f.name}", history, "history", where=where).values
                   for f in self.schema.side("event") if f"history_{f.name}" in table.column_names}
         if events:
-            flat = pa.table(events)
-            self._add_side(flat, ("event",), np.arange(len(flat)), where=where)
+            rows, columns, _ = history.positions(int(history.lengths_Q.max(initial=0)))
+            self._add_side(pa.table(events), ("event",), fold([order[rows], columns]).view(np.int64), where=where)
 
     def add_impressions(self, table: pa.Table, *, where: str) -> None:
         """Adds raw impressions, one row per shown item."""
         order = fold([to_keys(table["user_id"]), table["time_ms"].to_numpy(), to_keys(table["item_id"])]).view(np.int64)
         self._add_side(table, ("user", "context", "event"), order, where=where)
-        self._add_exposures(table)
+        self._add_exposures(table, where=where)
 
     def add_items(self, table: pa.Table, *, where: str) -> None:
         """Adds the raw items table; the vocabulary of `item_id` itself comes from what was logged."""
@@ -82,16 +88,15 @@ class FitPart:
             if feature.name not in table.column_names or feature.name in skip:
                 continue
             if isinstance(feature, IdsFeature):
-                column = table[feature.name]
-                if not pa.types.is_list(column.type):
-                    raise DataError(f"{where}: column {feature.name!r} must hold lists, got {column.type}; declare it as an id")
-                self._add_values(feature.vocabulary or feature.name, Ragged.from_arrow(column).values)
+                lists = id_lists(table[feature.name].combine_chunks(), feature.name, where=where)
+                self._add_values(feature.vocabulary or feature.name, lists.values, where=f"{where}: {feature.name}")
             elif isinstance(feature, IdFeature) and not feature.buckets:
-                self._add_values(feature.vocabulary or feature.name, table[feature.name], where=f"{where}: {feature.name}")
+                column = table[feature.name]
+                self._add_values(feature.vocabulary or feature.name, column, where=f"{where}: {feature.name}")
             elif isinstance(feature, DenseFeature):
                 self._add_dense(feature, dense_column(table, feature.name, where=where), order)
 
-    def _add_values(self, vocabulary: str, column: "pa.Array | pa.ChunkedArray", *, where: str = "") -> None:
+    def _add_values(self, vocabulary: str, column: "pa.Array | pa.ChunkedArray", *, where: str) -> None:
         counted = pc.value_counts(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
         values = counted.field(0)
         if pa.types.is_floating(values.type):
@@ -99,26 +104,33 @@ class FitPart:
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
         wide = pa.int64() if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) else pa.string()
-        table = pa.table({"value": values.cast(wide), "count": counted.field(1)}).filter(pc.field("value").is_valid())
+        try:
+            values = values.cast(wide)
+        except pa.ArrowInvalid:
+            raise DataError(f"{where}: ids must lie below 2^63; cast the column to text") from None
+        table = pa.table({"value": values, "count": counted.field(1)}).filter(pc.field("value").is_valid())
         self.values[vocabulary] = _summed([self.values[vocabulary], table]) if vocabulary in self.values else table
 
     def _add_dense(self, feature: DenseFeature, values: np.ndarray, order: np.ndarray) -> None:
         missing = np.isnan(values)
         known = values[~missing]
         scaled = signed_log(known) if feature.normalise == "log" else known
-        moments = np.array([len(known), scaled.sum(), np.square(scaled).sum(), missing.sum()])
-        self.moments[feature.name] = self.moments.get(feature.name, np.zeros(4)) + moments
+        squares = np.square(np.clip(scaled, -1e150, 1e150))
+        self._add_moments(feature.name, [len(known), exact_sum(scaled), exact_sum(squares), int(missing.sum())])
         if feature.normalise == "quantile":
             drawn = np.stack([fold([order[~missing]]).astype(np.float64), known], axis=1)
             self._add_sample(feature.name, drawn)
+
+    def _add_moments(self, name: str, moments: list[int]) -> None:
+        self.moments[name] = [old + new for old, new in zip(self.moments.get(name, [0] * 4), moments, strict=True)]
 
     def _add_sample(self, name: str, drawn: np.ndarray) -> None:
         pool = np.concatenate([self.samples[name], drawn]) if name in self.samples else drawn
         self.samples[name] = pool[np.lexsort((pool[:, 1], pool[:, 0]))][:SAMPLE_SIZE]
 
-    def _add_exposures(self, table: pa.Table) -> None:
+    def _add_exposures(self, table: pa.Table, *, where: str) -> None:
         if self._counts_items:
-            self._add_values(self._item_vocabulary, table["item_id"])
+            self._add_values(self._item_vocabulary, table["item_id"], where=f"{where}: item_id")
         if "exposed" in table.column_names:
             table = table.filter(pc.fill_null(table["exposed"].cast(pa.bool_()), False))
         bucket_ms = self.schema.count_bucket_hours * HOUR_MS
@@ -135,7 +147,7 @@ class FitPart:
         for name, table in other.values.items():
             self.values[name] = _summed([self.values[name], table]) if name in self.values else table
         for name, moments in other.moments.items():
-            self.moments[name] = self.moments.get(name, np.zeros(4)) + moments
+            self._add_moments(name, moments)
         for name, sample in other.samples.items():
             self._add_sample(name, sample)
         parts = [table for table in (self.events, other.events) if table is not None]
@@ -163,14 +175,16 @@ class FitPart:
         return Vocabulary(table["value"].combine_chunks())
 
     def _stats(self, feature: DenseFeature) -> DenseStats:
-        count, total, squares, missing = self.moments.get(feature.name, np.zeros(4))
-        mean = total / count if count else 0.0
-        spread = np.sqrt(max(squares / count - mean**2, 0.0)) if count else 0.0
+        count, total, squares, missing = self.moments.get(feature.name, [0] * 4)
+        mean = total / (count << UNIT_BITS) if count else 0.0
+        variance = max((squares * count << UNIT_BITS) - total**2, 0) / (count**2 << 2 * UNIT_BITS) if count else 0.0
+        spread = variance**0.5
         edges: tuple[float, ...] = ()
         if feature.normalise == "quantile":
-            sample = self.samples.get(feature.name, np.zeros((1, 2)))[:, 1]
+            sample = self.samples[feature.name][:, 1] if count else np.zeros(1)
             edges = tuple(np.unique(np.quantile(sample, np.linspace(0, 1, NUM_EDGES))).tolist())
-        return DenseStats(mean=float(mean), std=float(spread) or 1.0, missing=bool(missing), edges=edges)
+        # A smaller spread is the rounding of the squares of a constant.
+        return DenseStats(mean=mean, std=spread if spread > 1e-7 * abs(mean) else 1.0, missing=bool(missing), edges=edges)
 
     def _counters(self, item_ids: Vocabulary) -> tuple[Counters, dict[str, float]]:
         if self.events is None or len(self.events) == 0:
@@ -188,12 +202,13 @@ class FitPart:
         for name, table in self.values.items():
             storage.write_arrow(storage.join(uri, f"values.{name}.arrow"), table)
         for name, sample in self.samples.items():
-            storage.write_arrow(storage.join(uri, f"sample.{name}.arrow"), pa.table({"hash": sample[:, 0], "value": sample[:, 1]}))
+            table = pa.table({"hash": sample[:, 0], "value": sample[:, 1]})
+            storage.write_arrow(storage.join(uri, f"sample.{name}.arrow"), table)
         if self.events is not None:
             storage.write_arrow(storage.join(uri, "events.arrow"), self.events)
         storage.write_json(storage.join(uri, "part.json"), {
             "values": sorted(self.values), "samples": sorted(self.samples), "events": self.events is not None,
-            "moments": {name: moments.tolist() for name, moments in self.moments.items()}})
+            "moments": self.moments})
 
     @classmethod
     def load(cls, uri: str, schema: FeatureSchema) -> "FitPart":
@@ -203,23 +218,41 @@ class FitPart:
         return cls(
             schema,
             values={n: storage.read_arrow(storage.join(uri, f"values.{n}.arrow")) for n in facts["values"]},
-            moments={n: np.array(m) for n, m in facts["moments"].items()},
+            moments=facts["moments"],
             samples={n: np.stack([t["hash"].to_numpy(), t["value"].to_numpy()], axis=1) for n, t in samples.items()},
             events=storage.read_arrow(storage.join(uri, "events.arrow")) if facts["events"] else None,
         )
 
 
+def exact_sum(values: np.ndarray) -> int:
+    """The sum of finite float64 values in units of 2^-UNIT_BITS, without rounding, so that its order does not matter."""
+    fractions, exponents = np.frexp(values)
+    whole = np.ldexp(fractions, 53).astype(np.int64)
+    shifts, owner = np.unique(exponents, return_inverse=True)
+    halves = np.zeros((len(shifts), 2), np.int64)  # sums of 53-bit numbers in two parts, which cannot overflow
+    np.add.at(halves, owner, np.stack([whole >> 26, whole & ((1 << 26) - 1)], axis=-1))
+    sums = [(high << 26) + low for high, low in halves.tolist()]
+    return sum(total << shift - 53 + UNIT_BITS for total, shift in zip(sums, shifts.tolist(), strict=True))
+
+
 def _summed(tables: list[pa.Table]) -> pa.Table:
-    kinds = {table.schema.field("value").type for table in tables}
-    if len(kinds) > 1:
-        raise DataError(f"one vocabulary holds both {' and '.join(sorted(map(str, kinds)))}; cast the columns to one type")
+    tables = [table for table in tables if len(table)] or tables[:1]  # a column without any value has no type
+    _one_type(tables, "value", "one vocabulary")
     grouped = pa.concat_tables(tables).group_by("value").aggregate([("count", "sum")])
     return grouped.rename_columns(["value", "count"])
 
 
 def _summed_events(tables: list[pa.Table], names: tuple[str, ...]) -> pa.Table:
+    tables = [table for table in tables if len(table)] or tables[:1]
+    _one_type(tables, "item_id", "column 'item_id'")
     grouped = pa.concat_tables(tables).group_by(["item_id", "bucket"]).aggregate([(name, "sum") for name in names])
     return grouped.rename_columns(["item_id", "bucket", *names])
+
+
+def _one_type(tables: list[pa.Table], name: str, what: str) -> None:
+    kinds = sorted({str(table.schema.field(name).type) for table in tables})
+    if len(kinds) > 1:
+        raise DataError(f"{what} holds both {' and '.join(kinds)}; cast the columns to one type")
 
 
 def required_columns(schema: FeatureSchema, form: str) -> list[str]:

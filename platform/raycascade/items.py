@@ -8,10 +8,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycascade.features import FeatureState, age_rows
+from raycascade.features import FeatureState
 from raycascade.ragged import Ragged
-from raycascade.schema import FIRST_ROW, AgeFeature, CountFeature, DenseFeature, IdFeature, IdsFeature, VectorFeature
-
+from raycascade.schema import (
+    FIRST_ROW,
+    NUM_AGE_BUCKETS,
+    UNKNOWN,
+    AgeFeature,
+    CountFeature,
+    DenseFeature,
+    IdFeature,
+    IdsFeature,
+    VectorFeature,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class ItemTable:
             elif isinstance(feature, DenseFeature):
                 static[feature.name] = _with_special_rows(table[feature.name].to_numpy(), 0)
                 if state.dense[feature.name].missing:
-                    static[f"{feature.name}_missing"] = _with_special_rows(table[f"{feature.name}_missing"].to_numpy(), 1)
+                    indicator = f"{feature.name}_missing"
+                    static[indicator] = _with_special_rows(table[indicator].to_numpy(), 1)
         keys = table["item_key"].combine_chunks()
         bare = cls(state, static, source_ms, keys, {})
         return cls(state, static, source_ms, keys, bare._fit_counts())
@@ -88,7 +98,8 @@ class ItemTable:
         for feature in self.state.schema.side("item"):
             if isinstance(feature, CountFeature):
                 mean, std = self.count_stats[feature.name]
-                timed[feature.name] = torch.from_numpy(((self.count(feature, rows, time_ms) - mean) / std).astype(np.float32))
+                scaled = (self.count(feature, rows, time_ms) - mean) / std
+                timed[feature.name] = torch.from_numpy(scaled.astype(np.float32))
         return timed
 
     def count(self, feature: CountFeature, rows: np.ndarray, time_ms: "np.ndarray | int") -> np.ndarray:
@@ -107,8 +118,16 @@ class ItemTable:
         for feature in self.state.schema.side("item"):
             if isinstance(feature, CountFeature):
                 values = self.count(feature, self.all_rows, self.state.as_of_ms).astype(np.float64)
-                stats[feature.name] = (float(values.mean()), float(max(values.std(), 1e-3))) if len(values) else (0.0, 1.0)
+                spread = (float(values.mean()), float(max(values.std(), 1e-3))) if len(values) else (0.0, 1.0)
+                stats[feature.name] = spread
         return stats
+
+
+def age_rows(age_ms: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Embedding rows of ages: 2 + min(31, floor(log2(1 + seconds))), 1 where the time is not known."""
+    seconds = np.maximum(age_ms, 0) / 1000.0
+    bucket = np.minimum(NUM_AGE_BUCKETS - 1, np.floor(np.log2(1.0 + seconds))).astype(np.int64)
+    return np.where(known, bucket + FIRST_ROW, UNKNOWN)
 
 
 def _with_special_rows(values: np.ndarray, unknown: int) -> np.ndarray:

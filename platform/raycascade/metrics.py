@@ -1,4 +1,4 @@
-"""What a cascade is judged by: joint and stage recall, NDCG, catalogue recall; AUC, GAUC, log loss and calibration.
+"""What a cascade is judged by: joint and stage recall, NDCG; AUC, GAUC, log loss and calibration.
 
 Metrics are accumulators: `update` with a batch, `merge` with another worker's, `result` at the end. Shuffling
 candidates, another batch size or another sharding gives the same floats. Selection is by (score descending, tie key
@@ -189,38 +189,6 @@ class ListMetrics:
         """Share of the truth that is left after each stage, in cascade order: the survival curve."""
         prefix, means = f"survival@{self.k}@", self.result()
         return {name.partition("/")[2]: value for name, value in means.items() if name.startswith(prefix)}
-
-
-class CatalogueRecall:
-    """Share of all positives that are among the kept items, per stage, when every stage chose from the whole catalogue.
-
-    A micro mean: hits over positives of all requests. Names: `catalogue_recall@500/<stage>`.
-    """
-
-    def __init__(self, stage_names: Sequence[str], quotas: Sequence[int]) -> None:
-        self.stage_names, self.quotas = tuple(stage_names), tuple(quotas)
-        self.num_positives = 0
-        self.hits = dict.fromkeys(self.stage_names, 0)
-
-    def update(self, kept: Mapping[str, "Tensor | np.ndarray"], positives: Sequence[np.ndarray]) -> None:
-        """Item rows [Q, K] that each stage kept, 0 where it kept fewer, and the rows of each request's positives."""
-        wanted = [np.unique(rows[rows > 0]) for rows in positives]
-        self.num_positives += sum(len(rows) for rows in wanted)
-        for stage in self.stage_names:
-            rows_QK = np.asarray(kept[stage])
-            self.hits[stage] += sum(int(np.isin(w, rows).sum()) for w, rows in zip(wanted, rows_QK, strict=True))
-
-    def merge(self, other: "CatalogueRecall") -> None:
-        """Takes in what another worker saw."""
-        self.num_positives += other.num_positives
-        self.hits = {stage: hits + other.hits[stage] for stage, hits in self.hits.items()}
-
-    def result(self) -> dict[str, float]:
-        """Recall by name; empty without a positive."""
-        if self.num_positives == 0:
-            return {}
-        widths = zip(self.stage_names, self.quotas, strict=True)
-        return {f"catalogue_recall@{q}/{stage}": self.hits[stage] / self.num_positives for stage, q in widths}
 
 
 class BinaryMetrics:

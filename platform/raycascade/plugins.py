@@ -43,7 +43,8 @@ def find(folder: str, name: str) -> Any:
 def options(folder: str, spec: dict[str, Any], where: str) -> tuple[Any, PluginConfig]:
     """Class and validated options of a spec such as {"name": "din", "hidden": [64, 32]}; `where` names it in errors."""
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise ConfigError(f"{where}: expected a mapping with a name, such as {{name: {names(folder)[0]}}}; got {spec!r}")
+        raise ConfigError(f"{where}: expected a mapping with a name, such as {{name: {names(folder)[0]}}}; "
+                          f"got {spec!r}")
     plugin = find(folder, spec["name"])
     rest = {key: value for key, value in spec.items() if key != "name"}
     try:

@@ -46,7 +46,8 @@ def _survival(bundle: Bundle, metrics: dict[str, float], baselines: dict[str, di
     points = []
     for name, keep in zip(bundle.cascade.names, bundle.cascade.keeps, strict=True):
         if (share := metrics.get(f"recall@{keep}/{name}")) is not None:
-            beside = {other: values[f"recall@{keep}"] for other, values in baselines.items() if f"recall@{keep}" in values}
+            figure = f"recall@{keep}"
+            beside = {other: values[figure] for other, values in baselines.items() if figure in values}
             points.append(SurvivalPoint(name, keep, share, beside))
     return points
 

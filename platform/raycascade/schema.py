@@ -19,6 +19,7 @@ PADDING, UNKNOWN, FIRST_ROW = 0, 1, 2
 NUM_AGE_BUCKETS = 32
 
 Side = Literal["user", "context", "item", "event"]
+FieldSide = Literal["request", "item", "pair", "event"]
 
 
 class Frozen(BaseModel):
@@ -173,12 +174,26 @@ class FeatureSchema(Frozen):
             if feature.name in RESERVED and feature.kind != "history":
                 raise ConfigError(f"schema: {feature.name!r} is a reserved column; rename the feature")
             self._check_references(feature)
+        self._check_vocabularies()
         if self.positive and self.positive not in self.labels:
             raise ConfigError(f"schema: positive {self.positive!r} is not a label; labels are {list(self.labels)}")
         return self
 
+    def _check_vocabularies(self) -> None:
+        first: dict[str, IdFeature] = {}
+        for feature in self.features:
+            if isinstance(feature, IdFeature):
+                other = first.setdefault(feature.vocabulary or feature.name, feature)
+                for option in ("buckets", "max_values", "min_count"):
+                    if getattr(feature, option) != getattr(other, option):
+                        raise ConfigError(f"schema: {other.name!r} and {feature.name!r} share a vocabulary but differ "
+                                          f"in {option}; give both the same, or vocabularies of their own")
+
     def _check_references(self, feature: "Feature") -> None:
         ids = {f.name for f in self.features if f.kind in ("id", "ids")}
+        if self.history is None and (isinstance(feature, MatchFeature) or getattr(feature, "side", "") == "event"):
+            raise ConfigError(f"schema: feature {feature.name!r} reads the history, which is not there; add a feature "
+                              "of kind history")
         if isinstance(feature, CrossFeature):
             for part in feature.parts:
                 _known(part, {f.name for f in self.features if f.kind == "id" and f.side != "event"}, feature.name)
@@ -222,7 +237,7 @@ class Field(Frozen):
     the time alone), pair (one a candidate, depends on the user too) or event (one a history event)."""
 
     name: str
-    side: Literal["request", "item", "pair", "event"]
+    side: FieldSide
     form: Literal["id", "ids", "dense", "vector"]
     table: str = ""  # fields that name the same table share one embedding
     num_rows: int = 0  # rows of the table, padding and unknown included

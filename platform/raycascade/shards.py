@@ -58,7 +58,8 @@ def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 def publish(root: str, version: str, facts: dict[str, object]) -> None:
     """Publishes a finished version: hashes its files, then replaces the manifest atomically. The version before the
     previous one is removed; the previous one stays for runs that still read it."""
-    old = storage.read_json(storage.join(root, "manifest.json")) if storage.exists(storage.join(root, "manifest.json")) else {}
+    current = storage.join(root, "manifest.json")
+    old = storage.read_json(current) if storage.exists(current) else {}
     folder = storage.join(root, version)
     files = {}
     for name in storage.list_files(folder):
@@ -67,8 +68,9 @@ def publish(root: str, version: str, facts: dict[str, object]) -> None:
         if name.endswith(".parquet"):
             filesystem, path = storage.resolve(uri)
             files[name]["row_groups"] = _group_sizes(pq.read_metadata(path, filesystem=filesystem))
-    manifest = {"format_version": FORMAT_VERSION, "version": version, "previous": old.get("version"), **facts, "files": files}
-    storage.write_json(storage.join(root, "manifest.json"), manifest)
+    manifest = {"format_version": FORMAT_VERSION, "version": version, "previous": old.get("version"), **facts,
+                "files": files}
+    storage.write_json(current, manifest)
     if old.get("previous"):
         storage.remove_folder(storage.join(root, old["previous"]))
 
@@ -91,14 +93,20 @@ class Shards:
 
     @classmethod
     def open(cls, root: str) -> "Shards":
-        """Reads the manifest; ShardError where there is none, of another format or with a file that has changed size."""
+        """Reads the manifest; ShardError where there is none, of another format or where a file has another size."""
         uri = storage.join(root, "manifest.json")
         if not storage.exists(uri):
-            raise ShardError(f"{root}: no manifest.json, so no finished shards; run `raycascade prepare` with this config")
-        manifest = storage.read_json(uri)
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ShardError(f"{uri}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; run prepare again")
-        shards = cls(storage.join(root, manifest["version"]), manifest)
+            raise ShardError(f"{root}: no manifest.json, so no finished shards; "
+                             "run `raycascade prepare` with this config")
+        try:
+            manifest = storage.read_json(uri)
+            seen, version = manifest["format_version"], manifest.get("version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{uri}: damaged ({type(error).__name__}); run prepare again") from None
+        if seen != FORMAT_VERSION:
+            raise ShardError(f"{uri}: format {seen}, "
+                             f"this version reads {FORMAT_VERSION}; run prepare again")
+        shards = cls(storage.join(root, version), manifest)
         for name, facts in manifest["files"].items():
             file = storage.join(shards.folder, name)
             if not storage.exists(file) or _size(file) != facts["bytes"]:
@@ -122,7 +130,7 @@ class Shards:
 
     def table(self, prefix: str) -> pa.Table:
         """All rows below a prefix (items, users) as one table."""
-        return pa.concat_tables([self._open(name).read() for name in self.files(prefix)])
+        return pa.concat_tables([self._read(name) for name in self.files(prefix)])
 
     @property
     def splits(self) -> dict[str, int]:
@@ -132,8 +140,8 @@ class Shards:
     def require_split(self, split: str) -> None:
         """ShardError if a split is not there or is empty."""
         if not self.splits.get(split):
-            raise ShardError(f"{self.folder}: split {split!r} has no requests; splits are {self.splits}; set `splits` and "
-                             "run prepare again")
+            raise ShardError(f"{self.folder}: split {split!r} has no requests; splits are {self.splits}; set `splits` "
+                             "and run prepare again")
 
     def _open(self, name: str) -> pq.ParquetFile:
         filesystem, path = storage.resolve(storage.join(self.folder, name))
@@ -147,8 +155,11 @@ class Shards:
 
     def read_group(self, name: str, group: int) -> pa.Table:
         """One row group; ShardError if the file is damaged."""
+        return self._read(name, group)
+
+    def _read(self, name: str, group: int | None = None) -> pa.Table:
         try:
-            return self._open(name).read_row_group(group)
+            return self._open(name).read() if group is None else self._open(name).read_row_group(group)
         except (pa.ArrowException, OSError) as error:
             raise ShardError(f"{self.folder}/{name}: cannot be read ({error}); run prepare again") from None
 
@@ -171,7 +182,9 @@ class ShardReader:
     def _plan(self, epoch: int) -> list[list[tuple[str, int, int]]]:
         """Row groups per worker for an epoch: the largest next group to the worker with the fewest rows."""
         groups = self.shards.groups(self.split)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(groups)) if self.shuffle else range(len(groups))
+        order = range(len(groups))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
         loads, plan = [0] * self.world_size, [[] for _ in range(self.world_size)]
         for i in order:
             worker = int(np.argmin(loads))
@@ -186,8 +199,8 @@ class ShardReader:
             return -(-rows[0] // self.batch_size)
         steps = min(rows) // self.batch_size
         if steps == 0:
-            raise ShardError(f"split {self.split!r} has too few rows for {self.world_size} workers with {self.batch_size} "
-                             f"requests a step each (rows per worker: {rows}); use fewer workers or a smaller batch")
+            raise ShardError(f"split {self.split!r} has too few rows for {self.world_size} workers with "
+                             f"{self.batch_size} requests a step each (rows per worker: {rows}); use fewer workers or a smaller batch")
         return steps
 
     def batches(self, epoch: int, *, start: int = 0) -> Iterator[pa.Table]:
@@ -210,7 +223,8 @@ class ShardReader:
     def _windows(self, epoch: int) -> Iterator[pa.Table]:
         groups = self._plan(epoch)[self.rank]
         for first in range(0, len(groups), WINDOW_GROUPS):
-            table = pa.concat_tables([self.shards.read_group(name, g) for name, g, _ in groups[first:first + WINDOW_GROUPS]])
+            window = groups[first:first + WINDOW_GROUPS]
+            table = pa.concat_tables([self.shards.read_group(name, group) for name, group, _ in window])
             if self.shuffle:
                 order = np.random.default_rng([self.seed, epoch, self.rank, first]).permutation(len(table))
                 table = table.take(order)

@@ -89,7 +89,9 @@ def test_an_item_that_the_user_must_not_get_is_lost_before_the_first_stage(bundl
     assert not found["stages"]["retriever"]["survives"]
 
 
-@pytest.mark.parametrize(("user", "item", "what"), [(str(100 + NUM_USERS), "5000", "user"), ("100", "17", "item"), ("100", "x", "item")])
+@pytest.mark.parametrize(("user", "item", "what"), [
+    (str(100 + NUM_USERS), "5000", "user"), ("100", "17", "item"), ("100", "x", "item"),
+])
 def test_what_the_bundle_does_not_know_is_an_error_that_names_it(tiny_bundle: str, user: str, item: str, what: str):
     with pytest.raises(DataError, match=f"{what} '"):
         explain(tiny_bundle, user=user, item=item)

@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from raycascade.batch import Targets
 from raycascade.errors import DataError
-from raycascade.metrics import BinaryMetrics, CatalogueRecall, ListMetrics, ndcg, tie_keys
+from raycascade.metrics import BinaryMetrics, ListMetrics, ndcg, tie_keys
 from tests.objective_lists import CASE_P2, CASES, ListCase, list_case
 
 
@@ -205,17 +205,6 @@ def test_batch_means_drop_the_last_short_batch():
     for case in (ones.stacked(ones), ones.stacked(zeros), zeros):
         metrics.update(case.scores, case.targets, (), None)
     assert metrics.result()["joint_recall@2@3"] == pytest.approx((0.5 + 0.25) / 2)
-
-
-# ---------------------------------------------------------------- catalogue recall
-def test_catalogue_recall_is_hits_over_all_positives():
-    recall, other = (CatalogueRecall(("retriever", "ranker"), (3, 1)) for _ in range(2))
-    recall.update({"retriever": np.array([[5, 6, 7], [8, 0, 0]]), "ranker": np.array([[6], [8]])},
-                  [np.array([5, 6, 9, 9]), np.array([], np.int64)])
-    other.update({"retriever": torch.tensor([[2, 3, 4]]), "ranker": torch.tensor([[2]])}, [np.array([2])])
-    recall.merge(other)
-    assert recall.result() == {"catalogue_recall@3/retriever": 3 / 4, "catalogue_recall@1/ranker": 2 / 4}
-    assert CatalogueRecall(("a",), (1,)).result() == {}
 
 
 # ---------------------------------------------------------------- one stage, one label

@@ -66,7 +66,7 @@ def test_excluded_items_add_to_those_of_the_users_table(bundle: Bundle):
     ({"features": {"device": "x"}}, "features.device: no such user feature"),
     ({"context": {"hour": 3}}, "context.hour: no such context feature"),
     ({"features": {"income": "much"}}, "features.income: expected a number"),
-    ({"features": {"city": ["a"]}}, "features.city: expected a id|features.city: expected an id"),
+    ({"features": {"city": ["a"]}}, "features.city: expected an id"),
     ({"features": {"city": 1.5}}, "features.city"),
     ({"history": [{"item_id": 5000, "features": {"act": "click"}}]}, "history.features.act: no such event feature"),
 ])
@@ -76,7 +76,7 @@ def test_a_feature_that_does_not_fit_the_schema_is_named(bundle: Bundle, query: 
 
 
 def test_columns_take_the_types_of_the_log(bundle: Bundle):
-    table = pa.table({"user_id": ["100", "7"], "time_ms": pa.array([None, START_MS], pa.int32() if START_MS < 2**31 else pa.int64()),
+    table = pa.table({"user_id": ["100", "7"], "time_ms": pa.array([None, START_MS], pa.int64()),
                       "history": pa.array([["5000"], None], pa.list_(pa.string()))})
     found = checked(table, bundle, where="t")
     assert found["user_id"].to_pylist() == [100, 7]

@@ -43,3 +43,11 @@ class Dataset(Protocol):
     def read(self, piece: str) -> Iterator[pa.Table]:
         """The rows of one piece in tables of bounded size (at most about 64 MB)."""
         ...
+
+
+class ImpressionLog(Dataset, Protocol):
+    """A dataset of form "impressions" also says how its rows become requests."""
+
+    exclude_seen: bool  # a request must not recommend what its user was shown before
+    duplicates: Literal["refuse", "drop"]  # rows that are equal in every column
+    gap_minutes: float | None  # rows without a request id start a new request after so long a silence; None: all have one

@@ -12,8 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.random import Generator, Philox, SeedSequence
-from pydantic import Field as Option
-from pydantic import model_validator
+from pydantic import Field as Option, model_validator
 
 from raycascade.errors import ConfigError
 from raycascade.plugins import PluginConfig

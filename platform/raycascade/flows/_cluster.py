@@ -34,8 +34,9 @@ def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
     Elements and results are JSON values. An error that a user can cause comes back as itself, with its one line.
     """
     import ray
+    import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
@@ -56,13 +57,14 @@ def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
 
 
 def gather(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
-    """`function(element)` for every element as Ray tasks; any Python objects. Errors of a user come back as themselves."""
+    """`function(element)` for every element as Ray tasks; any Python objects. A user's errors come back as themselves."""
     import ray
+    from ray.exceptions import RayTaskError
 
     task = ray.remote(max_retries=1)(function)
     try:
         return ray.get([task.remote(element) for element in elements])
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, RaycascadeError):
             raise error.cause from None
         raise

@@ -42,8 +42,8 @@ def demo(folder: str) -> dict[str, Any]:
     results["evaluate"] = _say("evaluate", evaluate(uri))
     bundle = load_bundle(uri)
     users = bundle.users.table["user_key"].slice(0, NUM_REQUESTS)
-    requests, out = storage.join(folder, f"requests-{bundle.config.train.run}.parquet"), storage.join(folder, f"scores-{bundle.config.train.run}")
-    requests = storage.absolute(requests)
+    requests = storage.absolute(storage.join(folder, f"requests-{bundle.config.train.run}.parquet"))
+    out = storage.join(folder, f"scores-{bundle.config.train.run}")
     pq.write_table(pa.table({"request_id": pa.array([f"r{i}" for i in range(len(users))]), "user_id": users}), requests)
     results["score"] = _say("score", score(uri, requests=requests, out=storage.absolute(out)))
     results["serve"] = _say("serve", _serve_once(uri, storage.absolute(out)))
@@ -78,8 +78,8 @@ def _serve_once(uri: str, scored: str) -> dict[str, Any]:
             check_same(served, list(zip(row["items"], row["scores"], strict=True)))
             final = bundle.recommend(bundle.encode(pa.table({"user_id": [row["user_id"]]}))).final
             kept, mask = final.kept()
-            local = list(zip(bundle.items.ids_of(kept[0][mask[0]]), final.scores_QC[0, :final.keep][mask[0]].tolist(), strict=True))
-            check_same(served, local)
+            items, scores = bundle.items.ids_of(kept[0][mask[0]]), final.scores_QC[0, :final.keep][mask[0]].tolist()
+            check_same(served, list(zip(items, scores, strict=True)))
     finally:
         serving.stop()
     return {"url": f"{url}/v1/recommend", "requests": len(rows), "same_in_batch_and_process": True,
@@ -89,4 +89,6 @@ def _serve_once(uri: str, scored: str) -> dict[str, Any]:
 def check_same(left: list[tuple[Any, float]], right: list[tuple[Any, float]]) -> None:
     """The same items in the same order, scores within 1e-5."""
     assert [item for item, _ in left] == [item for item, _ in right], (left, right)
-    assert all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for (_, a), (_, b) in zip(left, right, strict=True)), (left, right)
+    same = (math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+            for (_, a), (_, b) in zip(left, right, strict=True))
+    assert all(same), (left, right)

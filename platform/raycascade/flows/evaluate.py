@@ -4,7 +4,6 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Any
 
-
 from raycascade import storage
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.errors import BundleError, ExpectationError
@@ -25,6 +24,7 @@ def evaluate(uri: str, *, split: str = "test") -> dict[str, Any]:
     if shards.manifest["fingerprint"] != bundle.manifest["fingerprint"]:
         raise BundleError(f"{uri}: made for schema {bundle.manifest['fingerprint']}, but the shards at "
                           f"{bundle.config.paths.shards} have {shards.manifest['fingerprint']}; train again on them")
+    check_same_features(bundle, shards)
     shards.require_split(split)
     groups = limited(shards.groups(split), bundle.config.evaluate.max_requests)
     shares = [groups[i::num_cores()] for i in range(num_cores())]
@@ -38,7 +38,8 @@ def evaluate(uri: str, *, split: str = "test") -> dict[str, Any]:
     report = storage.join(bundle.uri, "report.html")
     page = render_report(describe(bundle, total, split=split, moment=moment))
     storage.write_bytes(report, page.encode())
-    storage.write_json(storage.join(bundle.uri, f"evaluation.{split}.json"), {"metrics": metrics, "baselines": baselines})
+    figures = {"metrics": metrics, "baselines": baselines}
+    storage.write_json(storage.join(bundle.uri, f"evaluation.{split}.json"), figures)
     check_expectations(bundle, metrics)
     return {"metrics": metrics, "baselines": baselines, "report": report}
 
@@ -74,6 +75,15 @@ class Measure:
             for start in range(0, rows, size):
                 evaluator.update(table.slice(start, size))
         return evaluator.measured
+
+
+def check_same_features(bundle: Bundle, shards: Shards) -> None:
+    """BundleError where the shards were prepared anew since the training: their rows would mean other values."""
+    theirs = {name: facts["sha256"] for name, facts in shards.manifest["files"].items() if name.startswith("features/")}
+    differs = [name for name, digest in theirs.items() if bundle.manifest["files"].get(name) != digest]
+    if differs:
+        raise BundleError(f"{bundle.uri}: {differs[0]} is not the one of the shards at {bundle.config.paths.shards}, "
+                          "which were prepared anew; train again on them")
 
 
 def check_expectations(bundle: Bundle, metrics: dict[str, float]) -> None:

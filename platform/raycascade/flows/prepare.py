@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from raycascade import __version__, plugins, storage
 from raycascade.config import Config
-from raycascade.datasets import Dataset
+from raycascade.datasets import Dataset, ImpressionLog
 from raycascade.datasets._impressions import to_requests
 from raycascade.errors import DataError
 from raycascade.features import FeatureState, fold, require_columns, to_keys
@@ -51,13 +51,14 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def prepare(config: Config) -> dict[str, Any]:
-    """Builds and publishes shards; returns {"shards", "requests", "items", "seconds"}. Nothing is left of a failed run."""
+    """Builds and publishes shards; returns {"shards", "requests", "items", "seconds"}. A failed run leaves nothing."""
     started = time.monotonic()
     version = f"v-{uuid.uuid4().hex[:12]}"
     root = config.paths.shards
     dataset = open_dataset(config)
     pieces = dataset.slices()
-    plan = Plan(config, storage.join(root, f"_work-{version}"), storage.join(root, version), num_partitions=max(2, 2 * len(pieces)))
+    plan = Plan(config, storage.join(root, f"_work-{version}"), storage.join(root, version),
+                num_partitions=max(2, 2 * len(pieces)))
     try:
         items = check_items(dataset.items())
         spilled = each(Spill(plan), [list(piece) for piece in enumerate(pieces)])
@@ -99,7 +100,8 @@ def check_items(items: pa.Table) -> pa.Table:
     counts = pc.value_counts(items["item_id"])
     twice = counts.filter(pc.greater(counts.field(1), 1))
     if len(twice):
-        raise DataError(f"items table: item {twice[0]['values']} stands in {twice[0]['counts']} rows; keep one row per item")
+        raise DataError(f"items table: item {twice[0]['values']} stands in {twice[0]['counts']} rows; "
+                        "keep one row per item")
     return items
 
 
@@ -123,12 +125,13 @@ class Spill:
         storage.make_folder(self.plan.work)
         batches: list[list[int]] = [[] for _ in range(self.plan.num_partitions)]
         rows, written, first_ms, last_ms, writer = 0, 0, 1 << 62, -(1 << 62), None
+        lz4 = pa.ipc.IpcWriteOptions(compression="lz4")
         with filesystem.open_output_stream(path) as sink:
             for table in dataset.read(piece):
                 self._check(table, dataset, piece)
                 self._fit(part, table, dataset.form, piece)
                 table = table.combine_chunks()
-                writer = writer or pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+                writer = writer or pa.ipc.new_file(sink, table.schema, options=lz4)
                 for partition, share in self._shares(table):
                     batches[partition].append(written)
                     writer.write_batch(share.combine_chunks().to_batches()[0])
@@ -144,8 +147,9 @@ class Spill:
 
     def _check(self, table: pa.Table, dataset: Dataset, piece: str) -> None:
         require_columns(table, required_columns(dataset.schema(), dataset.form), where=piece)
+        made_later = {"request_id"} if getattr(dataset, "gap_minutes", None) else set()
         for name in ("user_id", "time_ms", "request_id", "item_id"):
-            if name in table.column_names and table[name].null_count:
+            if name not in made_later and name in table.column_names and table[name].null_count:
                 raise DataError(f"{piece}: {name!r} is null in {table[name].null_count} rows; drop or fill them")
         if table["time_ms"].type != pa.int64():
             raise DataError(f"{piece}: time_ms must be int64 Unix milliseconds, got {table['time_ms'].type}")
@@ -192,7 +196,9 @@ class Encode:
         ranges = self.plan.config.splits.ranges_ms()
         held: dict[str, list[pa.Table]] = {name: [] for name in (*ranges, "users")}
         for requests in self._requests(partition, dataset, state):
-            is_state = pc.equal(requests["request_id"].cast(pa.string()), NOW) if len(requests) else pa.array([], pa.bool_())
+            is_state = pa.array([], pa.bool_())
+            if len(requests):
+                is_state = pc.equal(requests["request_id"].cast(pa.string()), NOW)
             logged = requests.filter(pc.invert(is_state))
             for split, (start, end) in ranges.items():
                 moments = pc.field("time_ms")
@@ -205,7 +211,8 @@ class Encode:
         counts = {}
         for name, tables in held.items():
             folder = "users" if name == "users" else f"requests/{name}"
-            counts[name] = write_part(storage.join(self.plan.target, folder, f"part-{partition:05d}.parquet"), iter(tables))
+            part = storage.join(self.plan.target, folder, f"part-{partition:05d}.parquet")
+            counts[name] = write_part(part, iter(tables))
         return counts
 
     def _requests(self, partition: int, dataset: Dataset, state: FeatureState) -> Iterator[pa.Table]:
@@ -219,9 +226,9 @@ class Encode:
             return
         last = _last_per_user(rows, self.plan.config.splits.ranges_ms()["train"])
         rows = pa.concat_tables([_with_text_ids(rows), _as_states(last, state.as_of_ms)])
-        history = state.schema.history
+        history, log = state.schema.history, cast(ImpressionLog, dataset)
         yield from to_requests(rows, state.schema, history_len=history.max_len if history else 0,
-                               exclude_seen=dataset.exclude_seen, duplicates=dataset.duplicates)
+                               exclude_seen=log.exclude_seen, duplicates=log.duplicates, gap_minutes=log.gap_minutes)
 
     def _rows(self, partition: int) -> pa.Table | None:
         batches, schema = [], None
@@ -229,6 +236,10 @@ class Encode:
             if spill["batches"][partition]:
                 filesystem, path = storage.resolve(storage.join(self.plan.work, f"rows-{number:05d}.arrow"))
                 with pa.ipc.open_file(filesystem.open_input_file(path)) as reader:
+                    if schema is not None and reader.schema != schema:
+                        differs = next(f.name for f, g in zip(schema, reader.schema, strict=False) if f != g)
+                        raise DataError(f"column {differs!r} is {schema.field(differs).type} in one file of the log "
+                                        f"and {reader.schema.field(differs).type} in another; write one type")
                     schema = reader.schema
                     batches += [reader.get_batch(i) for i in spill["batches"][partition]]
         return pa.Table.from_batches(batches, schema) if batches else None
@@ -241,7 +252,8 @@ def _slices(table: pa.Table) -> Iterator[pa.Table]:
 
 def _last_per_user(rows: pa.Table, train: tuple[int, int]) -> pa.Table:
     moments = pc.field("time_ms")
-    rows = rows.filter((moments >= train[0]) & (moments < train[1])).sort_by([("user_id", "ascending"), ("time_ms", "ascending")])
+    rows = rows.filter((moments >= train[0]) & (moments < train[1]))
+    rows = rows.sort_by([("user_id", "ascending"), ("time_ms", "ascending")])
     keys = to_keys(rows["user_id"])
     return rows.take(np.flatnonzero(np.append(keys[1:] != keys[:-1], True))) if len(rows) else rows
 
@@ -251,6 +263,13 @@ def _with_text_ids(rows: pa.Table) -> pa.Table:
 
 
 def _as_states(last: pa.Table, as_of_ms: int) -> pa.Table:
-    """Each user's last training row as a request of its own at the end of the training log."""
-    last = last.set_column(last.column_names.index("request_id"), "request_id", pa.array([NOW] * len(last), pa.string()))
+    """Each user's last training row as a request of its own at the end of the training log.
+
+    Impressions lose their item: such a row makes a request without candidates and never enters a history.
+    """
+    if "item_id" in last.column_names:
+        nothing = pa.nulls(len(last), last.schema.field("item_id").type)
+        last = last.set_column(last.column_names.index("item_id"), "item_id", nothing)
+    now = pa.array([NOW] * len(last), pa.string())
+    last = last.set_column(last.column_names.index("request_id"), "request_id", now)
     return last.set_column(last.column_names.index("time_ms"), "time_ms", pa.array(np.full(len(last), as_of_ms)))

@@ -88,23 +88,20 @@ def request_files(uri: str) -> list[str]:
 def check(bundle: Bundle, uri: str, files: list[str]) -> dict[str, list[int]]:
     """Rows of every row group by file, after the door: readable, the right columns, request ids that are unique."""
     counts: dict[str, list[int]] = {}
-    first: pa.Schema | None = None
+    first: dict[str, str] = {}
     keys: list[np.ndarray] = []
     for file in files:
         where = _at(uri, file)
         with open_parquet(where) as parquet:
             schema = parquet.schema_arrow
-            names = needed(schema.names, bundle)
-            checked(schema.empty_table().select(names), bundle, where=where)
-            kinds = pa.schema([schema.field(name).remove_metadata() for name in names])
-            first = kinds if first is None else first
-            if {f.name: f.type for f in first} != {f.name: f.type for f in kinds}:
-                raise DataError(f"{where}: columns {_shown(kinds)} differ from {_shown(first)} of {_at(uri, files[0])}; "
+            checked(schema.empty_table(), bundle, where=where)
+            kinds = {name: str(schema.field(name).type) for name in needed(schema.names, bundle)}
+            first = first or kinds
+            if kinds != first:
+                raise DataError(f"{where}: columns {kinds} differ from {first} of {_at(uri, files[0])}; "
                                 "give files of one schema")
             counts[file] = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-            if "request_id" in names:
-                for batch in parquet.iter_batches(columns=["request_id"]):
-                    keys.append(_request_keys(batch.column(0), where=where))
+            keys += _request_keys(parquet, bundle, where=where)
     _require_unique(keys, uri, files)
     return counts
 
@@ -119,14 +116,24 @@ def open_parquet(uri: str) -> pq.ParquetFile:
         raise DataError(f"{uri}: cannot be read as Parquet ({reason}); give Parquet files") from None
 
 
-def _shown(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in schema)
+def _request_keys(parquet: pq.ParquetFile, bundle: Bundle, *, where: str) -> list[np.ndarray]:
+    """The keys of the request ids, if there are any; no user id or request id may be null or of a wrong type."""
+    keys, position = [], 0
+    names = [name for name in ("user_id", "request_id") if name in parquet.schema_arrow.names]
+    for batch in parquet.iter_batches(columns=names):
+        table = checked(pa.Table.from_batches([batch]), bundle, where=_from_row(where, position))
+        if "request_id" in names:
+            column = table["request_id"]
+            if column.null_count:
+                raise DataError(f"{where}: request_id is null in {column.null_count} rows; fill it or leave it out")
+            keys.append(to_keys(column))
+        position += len(table)
+    return keys
 
 
-def _request_keys(column: pa.Array, *, where: str) -> np.ndarray:
-    if column.null_count:
-        raise DataError(f"{where}: request_id is null in {column.null_count} rows; fill it or leave the column out")
-    return to_keys(column)
+def _from_row(where: str, position: int) -> str:
+    """Rows in a message count from where the table was read."""
+    return f"{where} (from row {position})" if position else where
 
 
 def _require_unique(keys: list[np.ndarray], uri: str, files: list[str]) -> None:
@@ -142,8 +149,9 @@ def _require_unique(keys: list[np.ndarray], uri: str, files: list[str]) -> None:
             for batch in parquet.iter_batches(columns=["request_id"]):
                 found = np.flatnonzero(to_keys(batch.column(0)) == twice)
                 if len(found):
-                    raise DataError(f"{_at(uri, file)}: request_id {batch.column(0)[int(found[0])]} is there {counts[counts > 1][0]}"
-                                    f" times ({(counts > 1).sum()} such ids); request ids must be unique")
+                    raise DataError(f"{_at(uri, file)}: request_id {batch.column(0)[int(found[0])]} is there "
+                                    f"{counts[counts > 1][0]} times ({(counts > 1).sum()} such ids); "
+                                    "request ids must be unique")
 
 
 def pieces(counts: dict[str, list[int]], *, num_actors: int) -> list[Piece]:
@@ -209,7 +217,7 @@ class Scorer:
         where = _at(self._requests, piece.file)
         with open_parquet(where) as parquet:
             table = parquet.read_row_group(piece.group, columns=needed(parquet.schema_arrow.names, self._bundle))
-        table = checked(table.slice(piece.start, piece.rows), self._bundle, where=where)
+        table = checked(table.slice(piece.start, piece.rows), self._bundle, where=_from_row(where, piece.position))
         if "request_id" not in table.column_names:
             name = piece.file or where.rsplit("/", 1)[-1]
             ids = [f"{name}:{row}" for row in range(piece.position, piece.position + piece.rows)]
@@ -245,8 +253,8 @@ def finished_before(out: str, source: dict[str, str]) -> int | None:
         raise DataError(f"{out}: holds files that are not results of score; give a new folder as --out")
     found = storage.read_json(storage.join(out, MANIFEST))
     if {name: found.get(name) for name in source} != source:
-        raise DataError(f"{out}: holds the results of {'another bundle' if found.get('bundle') != source['bundle'] else 'other requests'}"
-                        "; give a new folder as --out")
+        other = "other requests" if found.get("bundle") == source["bundle"] else "another bundle"
+        raise DataError(f"{out}: holds the results of {other}; give a new folder as --out")
     return found["rows"]
 
 

@@ -51,8 +51,8 @@ def application(uri: str, *, mode: str) -> serve.Application:
         name="Gateway", max_ongoing_requests=100, ray_actor_options=REPLICA)
     if checked == "fused":
         return gateway.bind(uri, names)
-    stage = serve.deployment(StageServer)
-    handles = [stage.options(name=name, max_ongoing_requests=16, ray_actor_options=REPLICA).bind(uri, name) for name in names]
+    stage = serve.deployment(StageServer).options(max_ongoing_requests=16, ray_actor_options=REPLICA)
+    handles = [stage.options(name=name).bind(uri, name) for name in names]
     return gateway.bind(uri, names, *handles)
 
 
@@ -67,7 +67,7 @@ def start(uri: str, *, mode: str, host: str, port: int, name: str = APP, route_p
     app = application(uri, mode=mode)
     running = bool(serve.status().applications)
     if not running:
-        port = _free_port(host, port)
+        port = free_port(host, port)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     assert port, "the port of the Serve that is running already"
@@ -109,12 +109,13 @@ def _stage_names(uri: str) -> tuple[str, ...]:
     return tuple(stage.name for stage in parse_config(yaml.safe_load(storage.read_bytes(path)), where=path).stages)
 
 
-def _free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int) -> int:
     """The port, or a free one for 0; ConfigError if another program listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"--port {port}: cannot listen on {host} ({error.strerror}); choose another port") from None
+            reason = error.strerror
+            raise ConfigError(f"--port {port}: cannot listen on {host} ({reason}); choose another port") from None
         return probe.getsockname()[1]

@@ -76,10 +76,11 @@ def _client(url: str) -> Any:
         raise ConfigError(f"--submit {url}: nothing answers there; give the URL of a running cluster's dashboard, "
                           "such as http://127.0.0.1:8265") from None
     except AuthenticationError:
-        raise ConfigError(f"--submit {url}: the token was refused; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on the "
-                          "cluster") from None
+        raise ConfigError(f"--submit {url}: the token was refused; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on "
+                          "the cluster") from None
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"--submit {url}: not a Ray dashboard ({str(error).splitlines()[0][:120]}); give its URL") from None
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"--submit {url}: not a Ray dashboard ({reason}); give its URL") from None
 
 
 async def _follow(client: Any, job: str) -> None:

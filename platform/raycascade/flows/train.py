@@ -36,6 +36,8 @@ def train(config: Config) -> dict[str, Any]:
     if storage.exists(storage.join(target, "manifest.json")):
         raise ConfigError(f"train.run {name!r} is finished: its bundle is {target}; choose another name to train again")
     cascade = Run.build(config, shards, Place()).cascade  # every mistake in the config shows here, before Ray starts
+    note = storage.join(_runs_folder(config), name, "begun.json")
+    _check_same_run(name, note, _identity(config, shards))
     progress = _fit_on_ray(config, shards, cascade)
     save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
                 users=shards.table("users"), metrics={"train": _summary(progress), "curves": progress.curves})
@@ -49,6 +51,25 @@ def _summary(progress: Progress) -> dict[str, Any]:
             "train_seconds": round(progress.seconds, 2), "loss": sum(losses) / max(1, len(losses))}
 
 
+def _identity(config: Config, shards: Shards) -> dict[str, Any]:
+    """What must not change between the start of a run and its continuation: its position would mean something else."""
+    tree = config.model_dump(mode="json")
+    train = {f"train.{name}": tree["train"][name] for name in ("batch_size", "workers", "seed", "negatives")}
+    return {"shards": shards.folder, **{name: tree[name] for name in ("stages", "loss", "lists")}, **train}
+
+
+def _check_same_run(name: str, note: str, identity: dict[str, Any]) -> None:
+    """Notes what a new run is made of; ConfigError where an unfinished run of that name was made of something else."""
+    if not storage.exists(note):
+        storage.write_json(note, identity)
+        return
+    before = storage.read_json(note)
+    changed = [key for key, value in identity.items() if before.get(key) != value]
+    if changed:
+        raise ConfigError(f"train.run {name!r} was begun with other {' and '.join(changed)}; restore them to go on, or "
+                          "choose another name to begin anew")
+
+
 def _runs_folder(config: Config) -> str:
     return storage.join(config.paths.bundles, "_runs")
 
@@ -56,7 +77,7 @@ def _runs_folder(config: Config) -> str:
 def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
     """Runs the loop on Ray Train; leaves the final weights in `cascade`."""
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     gpu = torch.cuda.is_available() if config.train.gpu is None else config.train.gpu
@@ -74,30 +95,46 @@ def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
     watcher.start()
     try:
         result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except TrainingFailedError as error:
         raise _user_error(board) or error from None
     finally:
         stop.set()
         watcher.join()
+    if failure := _user_error(board):
+        raise failure
     assert result.checkpoint is not None, "the loop always ends with a checkpoint"
     with result.checkpoint.as_directory() as folder:
         return checkpoint.load_weights(folder, cascade)
 
 
 def _worker(options: dict[str, Any]) -> None:
-    """One training worker."""
+    """One training worker. What a user has to mend is posted, and no retry tries it again."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
+    if ray.get(options["board"].read_failure.remote()):
+        return
+    try:
+        device = str(ray.train.torch.get_device())
+        _train_here(options, Place(context.get_world_rank(), context.get_world_size(), device))
+    except RaycascadeError as error:
+        ray.get(options["board"].fail.remote(type(error).__name__, str(error)))
+        if context.get_world_size() > 1:
+            raise  # the others wait for this worker's gradients: only the end of the group frees them
+
+
+def _train_here(options: dict[str, Any], place: Place) -> None:
+    """The loop in a worker process, from the last checkpoint if there is one."""
+    import ray.train
+
     torch.set_num_threads(options["threads"])
     config = Config.model_validate(options["config"])
-    place = Place(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
     run = Run.build(config, Shards.open(config.paths.shards), place)
     progress = Progress()
     if held := ray.train.get_checkpoint():
         with held.as_directory() as folder:
-            progress = checkpoint.load(folder, run.cascade, run.objective, run.optimisers)
+            progress = checkpoint.load(folder, run.cascade, run.objective, run.optimisers, best=run.best)
 
     def report(progress: Progress, steps: int, save: Save | None) -> None:
         if place.rank == 0:
@@ -111,11 +148,7 @@ def _worker(options: dict[str, Any]) -> None:
                 held = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": progress.total_steps}, checkpoint=held)
 
-    try:
-        fit(run, progress, report)
-    except RaycascadeError as error:
-        ray.get(options["board"].fail.remote(type(error).__name__, str(error)))
-        raise
+    fit(run, progress, report)
 
 
 class _Board:
@@ -129,7 +162,7 @@ class _Board:
         self.latest = latest
 
     def fail(self, kind: str, message: str) -> None:
-        self.failure = (kind, message)
+        self.failure = self.failure or (kind, message)
 
     def read(self) -> tuple[int, int, int, int, float] | None:
         return self.latest

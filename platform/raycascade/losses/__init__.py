@@ -11,7 +11,8 @@ from raycascade.batch import Targets
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`total`: 0-dim with graph, float32 (float64 stays). `parts`: detached 0-dim tensors, "<term>/<stage>" or "<term>"."""
+    """`total`: 0-dim with graph, float32 (float64 stays). `parts`: detached 0-dim tensors, "<term>/<stage>" or
+    "<term>"."""
 
     total: Tensor
     parts: Mapping[str, Tensor]

@@ -4,8 +4,7 @@ from functools import reduce
 from typing import Literal
 
 import torch
-from pydantic import Field as Option
-from pydantic import model_validator
+from pydantic import Field as Option, model_validator
 from torch import Tensor
 
 from raycascade.errors import ConfigError

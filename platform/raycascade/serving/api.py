@@ -75,7 +75,7 @@ def _explain_errors(api: FastAPI) -> None:
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(500, "internal", "Internal error", "the request could not be answered; the server's log says why")
+        return problem(500, "internal", "Internal error", "the request could not be answered; the server log says why")
 
 
 def describe(error: RequestValidationError) -> str:

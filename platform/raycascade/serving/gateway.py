@@ -86,10 +86,11 @@ class Gateway:
 
     def about(self) -> dict[str, Any]:
         """What is served."""
-        stages = [{"name": stage.name, "model": stage.model["name"], "keep": stage.keep} for stage in self.bundle.config.stages]
+        config, manifest = self.bundle.config, self.bundle.manifest
+        stages = [{"name": stage.name, "model": stage.model["name"], "keep": stage.keep} for stage in config.stages]
         return {"model": self.model, "stages": stages, "items": self.bundle.items.num_items,
-                "users": len(self.bundle.users.table), "index": self.bundle.config.index["name"],
-                "fingerprint": self.bundle.manifest["fingerprint"], "versions": self.bundle.manifest["versions"]}
+                "users": len(self.bundle.users.table), "index": config.index["name"],
+                "fingerprint": manifest["fingerprint"], "versions": manifest["versions"]}
 
     def _encode(self, query: Query, request_id: str) -> tuple[pa.Table, bool]:
         requests = table_of(query, self.bundle, request_id=request_id)

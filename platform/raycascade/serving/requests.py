@@ -15,10 +15,18 @@ from raycascade.bundle import Bundle
 from raycascade.errors import DataError
 from raycascade.features import FeatureState
 from raycascade.schema import (
-    ClockFeature, DenseFeature, Feature, HistoryFeature, IdFeature, IdsFeature, VectorFeature, near_miss,
+    ClockFeature,
+    DenseFeature,
+    Feature,
+    HistoryFeature,
+    IdFeature,
+    IdsFeature,
+    VectorFeature,
+    near_miss,
 )
 
-Id = Annotated[StrictInt, Option(ge=-(1 << 63), lt=1 << 63)] | Annotated[StrictStr, Option(min_length=1, max_length=512)]
+Whole = Annotated[StrictInt, Option(ge=-(1 << 63), lt=1 << 63)]
+Id = Whole | Annotated[StrictStr, Option(min_length=1, max_length=512)]
 Value = StrictBool | StrictInt | StrictFloat | StrictStr | list[StrictInt | StrictFloat | StrictStr] | None
 MOST_ITEMS = 10_000  # of a history or an exclusion list
 
@@ -97,11 +105,13 @@ def _history(events: "list[int | str | Event]", bundle: Bundle) -> dict[str, pa.
     columns = {"history": pa.array([ids_as([event.item_id for event in past], keys)], pa.list_(keys))}
     if any(event.time_ms is not None for event in past):
         columns["history_time_ms"] = pa.array([[event.time_ms or 0 for event in past]], pa.list_(pa.int64()))
-    known = {f.name: f for f in bundle.state.schema.side("event") if isinstance(f, IdFeature | DenseFeature | VectorFeature)}
+    sent = IdFeature | DenseFeature | VectorFeature
+    known = {f.name: f for f in bundle.state.schema.side("event") if isinstance(f, sent)}
     for name in dict.fromkeys(name for event in past for name in event.features):
         if name not in known:
             raise DataError(f"history.features.{name}: no such event feature{near_miss(name, set(known))}")
-        flat = column_of([event.features.get(name) for event in past], known[name], bundle.state, where=f"history.features.{name}")
+        values = [event.features.get(name) for event in past]
+        flat = column_of(values, known[name], bundle.state, where=f"history.features.{name}")
         columns[f"history_{name}"] = pa.ListArray.from_arrays(pa.array([0, len(past)], pa.int32()), flat)
     return columns
 
@@ -114,7 +124,8 @@ def column_of(values: "list[Any]", feature: Feature, state: FeatureState, *, whe
         numeric = isinstance(feature, DenseFeature | VectorFeature)
         fits = [isinstance(one, int | float) if numeric else isinstance(one, int | str) for one in inner]
         if value is not None and (isinstance(value, list) != many or not all(fits)):
-            expected = ("a list of " if many else "a ") + ("number" if numeric else "id") + ("s" if many else "")
+            one_of = "a number" if numeric else "an id"
+            expected = f"a list of {one_of.split()[1]}s" if many else one_of
             raise DataError(f"{where}: expected {expected} for {feature.kind} feature {feature.name!r}, got {value!r}")
     if isinstance(feature, DenseFeature):
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
@@ -151,14 +162,15 @@ def checked(requests: pa.Table, bundle: Bundle, *, where: str) -> pa.Table:
     if "user_id" not in requests.column_names:
         raise DataError(f"{where}: column 'user_id' is missing{near_miss('user_id', set(requests.column_names))}")
     if requests["user_id"].null_count:
-        row = int(np.argmax(requests["user_id"].is_null().to_numpy()))
-        raise DataError(f"{where}: user_id is null in row {row} ({requests['user_id'].null_count} such); drop these rows")
+        row, count = int(np.argmax(requests["user_id"].is_null().to_numpy())), requests["user_id"].null_count
+        raise DataError(f"{where}: user_id is null in row {row} ({count} such); drop these rows")
     casts = {"user_id": bundle.users.table["user_key"].type, "time_ms": pa.int64()}
     lists = {name: pa.list_(bundle.items.keys.type) for name in ("history", "exclude")}
     for name, kind in {**casts, **lists, "history_time_ms": pa.list_(pa.int64())}.items():
         if name in requests.column_names:
             position = requests.column_names.index(name)
-            requests = requests.set_column(position, name, _cast(requests[name], kind, where=f"{where}: column {name!r}"))
+            typed = _cast(requests[name], kind, where=f"{where}: column {name!r}")
+            requests = requests.set_column(position, name, typed)
     if "time_ms" in requests.column_names:
         filled = pc.fill_null(requests["time_ms"], bundle.state.as_of_ms)
         requests = requests.set_column(requests.column_names.index("time_ms"), "time_ms", filled)

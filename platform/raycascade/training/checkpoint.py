@@ -4,11 +4,12 @@ Randomness needs no saving: every step seeds its own generators from (seed, epoc
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from raycascade.cascade import Cascade
 from raycascade.training.optimisers import Optimisers
@@ -29,21 +30,47 @@ class Progress:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
-def save(folder: str, cascade: Cascade, objective: nn.Module, optimisers: Optimisers, progress: Progress) -> None:
+@dataclass
+class Best:
+    """The cascade's weights after the epoch with the least validation loss, on the CPU; empty before there is one."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def keep(self, cascade: nn.Module) -> None:
+        """Remembers the weights as they are now."""
+        self.weights = {name: value.detach().to("cpu", copy=True) for name, value in cascade.state_dict().items()}
+
+    def restore(self, cascade: nn.Module) -> None:
+        """Puts the remembered weights back, if there are any."""
+        if self.weights:
+            cascade.load_state_dict(self.weights)
+
+
+def save(
+    folder: str, cascade: Cascade, objective: nn.Module, optimisers: Optimisers, progress: Progress, *,
+    best: Best | None = None,
+) -> None:
     """Writes a checkpoint into an empty local folder."""
     tensors, numbers = optimisers.state()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in cascade.state_dict().items()}, f"{folder}/weights.safetensors")
+    weights = {name: value.contiguous() for name, value in cascade.state_dict().items()}
+    safetensors.torch.save_file(weights, f"{folder}/weights.safetensors")
     safetensors.torch.save_file(dict(objective.state_dict()), f"{folder}/objective.safetensors")
     safetensors.torch.save_file(tensors, f"{folder}/optimiser.safetensors")
+    if best is not None and best.weights:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in best.weights.items()}, f"{folder}/best.safetensors")
     Path(folder, "progress.json").write_text(json.dumps({"progress": asdict(progress), "optimiser": numbers}))
 
 
-def load(folder: str, cascade: Cascade, objective: nn.Module, optimisers: Optimisers) -> Progress:
+def load(
+    folder: str, cascade: Cascade, objective: nn.Module, optimisers: Optimisers, *, best: Best | None = None
+) -> Progress:
     """Restores everything in place; returns how far the run was."""
     cascade.load_state_dict(safetensors.torch.load_file(f"{folder}/weights.safetensors"))
     objective.load_state_dict(safetensors.torch.load_file(f"{folder}/objective.safetensors"))
     facts = json.loads(Path(folder, "progress.json").read_text())
     optimisers.load(safetensors.torch.load_file(f"{folder}/optimiser.safetensors"), facts["optimiser"])
+    if best is not None and Path(folder, "best.safetensors").exists():
+        best.weights = safetensors.torch.load_file(f"{folder}/best.safetensors")
     return Progress(**facts["progress"])
 
 

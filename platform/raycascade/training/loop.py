@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed
 
 from raycascade.batch import Batch, collate
 from raycascade.cascade import Cascade
@@ -14,7 +15,7 @@ from raycascade.config import Config
 from raycascade.errors import ConfigError
 from raycascade.shards import ShardReader, Shards
 from raycascade.training import checkpoint
-from raycascade.training.checkpoint import Progress
+from raycascade.training.checkpoint import Best, Progress
 from raycascade.training.objective import Objective, finite
 from raycascade.training.optimisers import Optimisers
 from raycascade.training.sampling import Catalogue, with_negatives
@@ -44,10 +45,14 @@ class Run:
     optimisers: Optimisers
     catalogue: Catalogue
     place: Place
+    best: Best = field(default_factory=Best)
 
     @classmethod
     def build(cls, config: Config, shards: Shards, place: Place) -> "Run":
         """Same seed, same initial weights on every worker."""
+        if config.train.early_stop and not shards.splits.get("valid"):
+            raise ConfigError("train.early_stop: there is no validation split to judge by; set splits.valid_from and "
+                              "prepare again, or leave early_stop out")
         torch.manual_seed(config.train.seed)
         cascade = Cascade(config, shards.state.space).to(place.device)
         objective = Objective(config, cascade).to(place.device)
@@ -60,19 +65,23 @@ class Run:
         if not shuffle:
             return ShardReader(self.shards, split, train.batch_size, shuffle=False)
         if train.batch_size % place.world_size:
-            raise ConfigError(f"train.batch_size {train.batch_size} must be a multiple of the {place.world_size} workers")
+            raise ConfigError(f"train.batch_size {train.batch_size} must be a multiple of the {place.world_size} "
+                              "workers")
         return ShardReader(self.shards, split, train.batch_size // place.world_size, seed=train.seed, rank=place.rank,
                            world_size=place.world_size)
 
 
 def fit(run: Run, progress: Progress, report: Report) -> Progress:
-    """Trains from `progress` to the end. Calls `report` once per step group, the same number of times on all workers."""
+    """Trains from `progress` to the end. Calls `report` once a step, the same number of times on all workers.
+
+    With `train.early_stop` the cascade ends with the weights of its best epoch, else with those of the last step.
+    """
     train = run.config.train
     reader = run.reader("train")
     while progress.epoch < train.epochs and not progress.finished:
         steps = reader.num_steps(progress.epoch)
         started, before = time.monotonic(), progress.seconds
-        for batch, rng in _prefetched(run, reader, progress.epoch, progress.step):
+        for batch, rng in _prefetched(run, reader, progress.epoch, progress.step, rank=run.place.rank):
             _train_step(run, batch, rng, progress, record=progress.step % max(1, steps // CURVE_POINTS) == 0)
             progress.step += 1
             progress.total_steps += 1
@@ -84,24 +93,24 @@ def fit(run: Run, progress: Progress, report: Report) -> Progress:
             report(progress, steps, _saver(run, progress) if due else None)
         _end_epoch(run, progress)
     progress.finished = True
+    if train.early_stop:
+        run.best.restore(run.cascade)
     report(progress, 0, _saver(run, progress))
     return progress
 
 
 def _saver(run: Run, progress: Progress) -> Save:
-    return lambda folder: checkpoint.save(folder, run.cascade, run.objective, run.optimisers, progress)
+    return lambda folder: checkpoint.save(folder, run.cascade, run.objective, run.optimisers, progress, best=run.best)
 
 
-def _generators(run: Run, epoch: int, step: int) -> np.random.Generator:
-    return np.random.default_rng([run.config.train.seed, epoch, step, run.place.rank])
-
-
-def _prefetched(run: Run, reader: ShardReader, epoch: int, start: int) -> Iterator[tuple[Batch, np.random.Generator]]:
+def _prefetched(
+    run: Run, reader: ShardReader, epoch: int, start: int, *, rank: int
+) -> Iterator[tuple[Batch, np.random.Generator]]:
     """Batches made one ahead in a thread, with the step's own random generator."""
     k, quotas, negatives = run.config.lists.k, run.cascade.quotas, run.config.train.negatives
 
     def make(step: int, rows: object) -> tuple[Batch, np.random.Generator]:
-        rng = _generators(run, epoch, step)
+        rng = np.random.default_rng([run.config.train.seed, epoch, step, rank])
         batch = collate(rows, run.shards.items, keep=quotas, k=k)  # type: ignore[arg-type]
         if negatives.per_request:
             batch = with_negatives(batch, run.catalogue, count=negatives.per_request, source=negatives.source, rng=rng)
@@ -127,12 +136,13 @@ def _train_step(run: Run, batch: Batch, rng: np.random.Generator, progress: Prog
         output = run.objective(run.cascade, batch, run.catalogue, rng)
     if not finite(output):
         parts = {name: float(value) for name, value in output.parts.items()}
-        raise ConfigError(f"the loss is not finite at step {progress.total_steps} ({parts}); lower train.lr or the temperature")
+        raise ConfigError(f"the loss is not finite at step {progress.total_steps} ({parts}); "
+                          "lower train.lr or the temperature")
     output.total.backward()
     run.optimisers.step()
     progress.rows += int(batch.targets.mask_QC.sum()) * run.place.world_size if batch.targets else 0
     if record:
-        for name, value in {"loss": output.total, **output.parts}.items():
+        for name, value in {"loss": output.total.detach(), **output.parts}.items():
             progress.curves.setdefault(name, []).append((progress.total_steps, float(value)))
 
 
@@ -147,16 +157,22 @@ def _end_epoch(run: Run, progress: Progress) -> None:
     progress.epochs_without_gain = 0 if better else progress.epochs_without_gain + 1
     progress.best_valid = loss if better else progress.best_valid
     patience = run.config.train.early_stop
+    if better and patience:
+        run.best.keep(run.cascade)
     progress.finished = progress.finished or (patience is not None and progress.epochs_without_gain >= patience)
 
 
 @torch.no_grad()
 def validation_loss(run: Run) -> float:
-    """Mean objective over the validation split, the same on every worker (each reads all of it)."""
+    """Mean objective over the validation split, the same on every worker: each reads all of it, rank 0's figure counts,
+    because statistics of batches differ between workers and all must stop at the same step."""
     run.cascade.eval()
     total, weight = 0.0, 0
-    for batch, rng in _prefetched(run, run.reader("valid", shuffle=False), 0, 0):
+    for batch, rng in _prefetched(run, run.reader("valid", shuffle=False), 0, 0, rank=0):
         output = run.objective(run.cascade, batch, run.catalogue, rng)
         total += float(output.total) * batch.num_requests
         weight += batch.num_requests
-    return total / max(1, weight)
+    mean = torch.tensor(total / max(1, weight), dtype=torch.float64, device=run.place.device)
+    if run.place.world_size > 1:
+        torch.distributed.broadcast(mean, src=0)
+    return float(mean)

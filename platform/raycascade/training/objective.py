@@ -42,13 +42,13 @@ class Objective(nn.Module):
             plugin, options = plugins.options("losses", spec, where)
             loss = plugin(options, names)
             if _catalogue_of(loss) and not all(hasattr(cascade.models[name], "score_items") for name in names):
-                raise ConfigError(f"{where}: over {loss.config.over!r} needs a model with item vectors, such as two_tower; "
-                                  "use over: list with train.negatives for other models")
+                raise ConfigError(f"{where}: over {loss.config.over!r} needs a model with item vectors, such as two_tower"
+                                  "; use over: list with train.negatives for other models")
             self.losses.append(loss)
             self.terms.append(Term(loss, names, tuple(quotas[name] for name in names)))
 
     def forward(self, cascade: Cascade, batch: Batch, catalogue: Catalogue, rng: np.random.Generator) -> LossOutput:
-        """The total and its parts for one batch."""
+        """The total and its parts for one batch. Scores are float32 from here on, whatever autocast made of them."""
         assert batch.targets is not None, "training needs logged candidates"
         scores, parts, states = {}, {}, {}
         total: Tensor | None = None
@@ -57,13 +57,13 @@ class Objective(nn.Module):
             if name in shared:  # the user side serves the logged list and the catalogue
                 tower: Any = cascade.models[name]
                 states[name] = tower.encode_request(batch)
-                scores[name] = tower.score_candidates(states[name], batch)[:, :, 0]
+                scores[name] = tower.score_candidates(states[name], batch)[:, :, 0].float()
                 continue
             logits_QCT, auxiliary = cascade.model(name).train_outputs(batch)
-            scores[name] = logits_QCT[:, :, 0]
+            scores[name] = logits_QCT[:, :, 0].float()
             for part, value in auxiliary.items():
                 parts[f"{part}/{name}"] = value.detach()
-                total = value if total is None else total + value
+                total = value.float() if total is None else total + value.float()
         for term in self.terms:
             output = self._term(term, scores, states, cascade, batch, catalogue, rng)
             total = output.total if total is None else total + output.total
@@ -83,7 +83,7 @@ class Objective(nn.Module):
             name = term.names[0]
             tower: Any = cascade.models[name]
             extended, targets = shared_list(
-                batch, scores[name], lambda item: tower.score_items(states[name], item), catalogue,
+                batch, scores[name], lambda item: tower.score_items(states[name], item).float(), catalogue,
                 num_sampled=config.num_sampled if over == "sampled" else None, source=config.sample_from, rng=rng)
             return term.loss({name: extended}, replace(targets, keep=term.quotas))
         return term.loss({name: scores[name] for name in term.names}, targets)

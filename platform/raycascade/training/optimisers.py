@@ -1,6 +1,6 @@
-"""Optimisers and gradients: sparse rows for embeddings, AdamW for the rest, clipping per stage, averaging over workers."""
+"""Optimisers and gradients: sparse rows for embeddings, AdamW for the rest, clipping per stage, means over workers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed
@@ -17,12 +17,13 @@ class Optimisers:
     """
 
     def __init__(self, cascade: Cascade, objective: nn.Module, train: Train) -> None:
-        self.stages = {name: [p for p in model.parameters() if p.requires_grad] for name, model in cascade.models.items()}
+        self.stages = {name: [p for p in model.parameters() if p.requires_grad]
+                       for name, model in cascade.models.items()}
         sparse = [m.weight for m in cascade.modules() if isinstance(m, nn.Embedding) and m.sparse]
         in_tables = {id(p) for p in sparse}
         dense = [p for p in cascade.parameters() if id(p) not in in_tables and p.requires_grad]
         extra = [p for p in objective.parameters() if p.requires_grad]
-        self.tables: list[nn.Parameter] = sparse
+        self.tables: list[Tensor] = sparse
         self.dense: list[nn.Parameter] = [*dense, *extra]
         self.clip = train.clip
         self._all: list[torch.optim.Optimizer] = []
@@ -83,7 +84,7 @@ def clip_norm(parameters: Iterable[nn.Parameter], limit: float) -> None:
             gradient.mul_(scale)
 
 
-def average_gradients(tables: list[nn.Parameter], dense: list[nn.Parameter]) -> None:
+def average_gradients(tables: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
     """Means over all workers; nothing for one. Dense gradients travel as one flat tensor, tables as their touched rows.
 
     A parameter that got no gradient on a worker counts as zero there.
@@ -100,10 +101,11 @@ def average_gradients(tables: list[nn.Parameter], dense: list[nn.Parameter]) -> 
         table.grad = _gathered(table, world)
 
 
-def _gathered(parameter: nn.Parameter, world: int) -> Tensor:
+def _gathered(parameter: Tensor, world: int) -> Tensor:
     """Every worker's touched rows of a table, added up and divided by the number of workers."""
     if parameter.grad is None:
-        rows, values = torch.zeros(0, dtype=torch.long, device=parameter.device), parameter.new_zeros(0, *parameter.shape[1:])
+        rows = torch.zeros(0, dtype=torch.long, device=parameter.device)
+        values = parameter.new_zeros(0, *parameter.shape[1:])
     else:
         gradient = parameter.grad.coalesce()
         rows, values = gradient.indices()[0], gradient.values()
@@ -118,4 +120,5 @@ def _gathered(parameter: nn.Parameter, world: int) -> Tensor:
     torch.distributed.all_gather(all_values, padded_values)
     joined_rows = torch.cat([r[:int(n)] for r, n in zip(all_rows, counts, strict=True)])
     joined_values = torch.cat([v[:int(n)] for v, n in zip(all_values, counts, strict=True)])
-    return torch.sparse_coo_tensor(joined_rows[None], joined_values / world, parameter.shape, check_invariants=False).coalesce()
+    mean = torch.sparse_coo_tensor(joined_rows[None], joined_values / world, parameter.shape, check_invariants=False)
+    return mean.coalesce()

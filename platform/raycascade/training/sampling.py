@@ -24,7 +24,7 @@ class Catalogue:
         """Popularity as counted over the training log."""
         state = items.state
         name = state.schema.positive or "exposure"
-        counts = state.counters.as_of(items.all_rows, np.int64(1 << 60), name).astype(np.float64) + 1.0
+        counts = state.counters.as_of(items.all_rows, 1 << 60, name).astype(np.float64) + 1.0
         return cls(items, np.cumsum(counts) / counts.sum())
 
     def probability(self, rows: np.ndarray, source: str) -> np.ndarray:
@@ -66,8 +66,10 @@ def shared_list(
     mask_QS[request_QC[hit_QC], at_QC[hit_QC]] = False
     log_q = None
     if num_sampled is not None:
-        listed, shared = (_log_inclusion(catalogue.probability(rows, source), num_sampled) for rows in (candidates_QC, rows_S))
-        log_q = torch.from_numpy(np.concatenate([listed, np.broadcast_to(shared, mask_QS.shape)], axis=1)).float().to(device)
+        listed_QC, shared_S = (_log_inclusion(catalogue.probability(rows, source), num_sampled)
+                               for rows in (candidates_QC, rows_S))
+        joined = np.concatenate([listed_QC, np.broadcast_to(shared_S, mask_QS.shape)], axis=1)
+        log_q = torch.from_numpy(joined).float().to(device)
     targets = extended(batch.targets, torch.from_numpy(mask_QS).to(device), log_q)
     return torch.cat([scores_QC, shared_QS], dim=1), targets
 
