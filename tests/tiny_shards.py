@@ -50,9 +50,11 @@ def train_config(
     loss: dict[str, Any] | None = None, bundles: str = "", changes: dict[str, Any] | None = None,
 ) -> Config:
     """Pointwise training of three stages in batches of 16; `changes` replaces whole sections."""
+    stages = stages or STAGES
     return parse_config({
         "paths": {"shards": shards, "bundles": bundles or f"{shards}-bundles"}, "dataset": {"name": "simulated"},
-        "stages": stages or STAGES, "loss": loss or POINTWISE, "lists": {"k": 2, "quotas": [5, 4, 3][:len(stages or STAGES)]},
+        "stages": stages, "loss": loss or POINTWISE,
+        "lists": {"k": 2, "quotas": [5, 4, 3][:len(stages)]},
         "train": {"batch_size": 16, "lr": 0.01, "gpu": False, **(train or {})}, **(changes or {}),
     }, where="tiny")
 

@@ -44,7 +44,7 @@ def config(*, keeps: dict[str, int] | None = None) -> Config:
     models = {"retriever": "two_tower", "pre_ranker": "mlp", "ranker": "din"}
     pairs = {"retriever": ["same_author", "city_author"]}
     stages = [{"name": name, "keep": keep, "model": {"name": models[name], "dim": 8, "hidden": [16]},
-               "exclude": pairs.get(name, [])} for name, keep in keeps.items()]
+               "exclude": pairs.get(name, []), "prior": name == "ranker"} for name, keep in keeps.items()]
     tree = {"dataset": {"name": "simulated"}, "splits": {"test_from": "2024-01-08"}, "stages": stages}
     return parse_config(tree, where="tiny")
 

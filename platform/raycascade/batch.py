@@ -4,7 +4,7 @@ Shape letters, in every tensor's name: Q requests, C candidates, N items, L hist
 K kept, V values of a multi-valued field. Masks are bool, true = real.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +71,17 @@ class Batch:
 
     def to(self, device: "torch.device | str") -> "Batch":
         """The same batch with every tensor on another device."""
-        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def take(self, chosen_Q: Tensor) -> "Batch":
+        """The requests where `chosen_Q` (bool) is true."""
+        places = chosen_Q.nonzero()[:, 0]
+        taken = self._map(lambda tensor: tensor[places])
+        ids, exclude = ([values[int(i)] for i in places.cpu()] if values else () for values in (self.request_ids, self.exclude))
+        return replace(taken, request_ids=tuple(ids), exclude=tuple(exclude))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, **{name: _mapped(value, change) for name, value in vars(self).items()})
 
     def with_candidates(self, rows_QC: Tensor, mask_QC: Tensor, items: ItemTable) -> "Batch":
         """The same requests over other candidates (the survivors of a stage). There are no targets for them."""
@@ -80,13 +90,14 @@ class Batch:
         return replace(bare, item=_item_side(bare, items))
 
 
-def _moved(value: object, device: "torch.device | str") -> object:
+def _mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    """Every tensor below a value changed; all have the requests as their first axis."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _moved(inner, device) for key, inner in value.items()}
+        return {key: _mapped(inner, change) for key, inner in value.items()}
     if isinstance(value, Targets):
-        return replace(value, **{name: _moved(inner, device) for name, inner in vars(value).items()})
+        return replace(value, **{name: _mapped(inner, change) for name, inner in vars(value).items()})
     return value
 
 

@@ -31,6 +31,7 @@ from raycascade.ragged import Ragged
 
 FORMAT_VERSION = 1
 MUTABLE = ("manifest.json", "report.html")  # written after the rest, so not under its hashes
+PRIOR_SCALE = "prior_scale"  # among a stage's weights where the stage has a prior
 SERVED_COLUMNS = ("request_id", "user_key", "time_ms")
 
 
@@ -133,17 +134,28 @@ class Users:
         return keys[order], order
 
     def rows(self, user_ids: "pa.Array | pa.ChunkedArray") -> np.ndarray:
-        """Row of each user in the table, -1 for a user that is not known. Ids are compared as the table's type."""
+        """Row of each user in the table, -1 for a user that is not known. Ids are compared as the table's type; null,
+        and what is not of that type, is nobody."""
         keys, order = self._sorted
-        kind = self.table["user_key"].type
-        try:
-            wanted = to_keys(user_ids.cast(kind))
-        except pa.ArrowInvalid:
-            return np.full(len(user_ids), -1)
+        same_type = _cast_where_possible(user_ids, self.table["user_key"].type)
+        wanted = to_keys(same_type)
         if len(keys) == 0:
             return np.full(len(wanted), -1)
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where(keys[at] == wanted, order[at], -1)
+        return np.where((keys[at] == wanted) & same_type.is_valid().to_numpy(zero_copy_only=False), order[at], -1)
+
+
+def _cast_where_possible(values: "pa.Array | pa.ChunkedArray", kind: pa.DataType) -> pa.Array:
+    """The values as another type, null where that cannot be."""
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    try:
+        return values.cast(kind)
+    except pa.ArrowInvalid:
+        if len(values) == 1:
+            return pa.nulls(1, kind)
+    half = len(values) // 2
+    return pa.concat_arrays([_cast_where_possible(part, kind) for part in (values[:half], values[half:])])
 
 
 def build_index(config: Config, cascade: Cascade, items: ItemTable) -> ItemIndex:
@@ -168,7 +180,10 @@ def save_bundle(
     _write_parquet(storage.join(uri, "items/items.parquet"), encoded_items)
     _write_parquet(storage.join(uri, "users/users.parquet"), users)
     for name in cascade.names:
-        weights = {key: value.detach().cpu().contiguous() for key, value in cascade.models[name].state_dict().items()}
+        own = cascade.models[name].state_dict()
+        if name in cascade.prior_scales:
+            own = {**own, PRIOR_SCALE: cascade.prior_scales[name]}
+        weights = {key: value.detach().cpu().contiguous() for key, value in own.items()}
         storage.write_bytes(storage.join(uri, "stages", name, "weights.safetensors"), safetensors.torch.save(weights))
     build_index(config, cascade.eval(), items).save(storage.join(uri, "index"))
     storage.write_json(storage.join(uri, "metrics.json"), metrics)
@@ -218,18 +233,21 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
     config = parse_config(tree, where=f"{uri}/config.yaml")
     state = FeatureState.load(storage.join(uri, "features"))
     if state.schema.fingerprint() != manifest["fingerprint"]:
-        raise BundleError(f"{uri}/features/schema.json: schema {state.schema.fingerprint()}, but the bundle was made for "
-                          f"{manifest['fingerprint']}; train again")
+        raise BundleError(f"{uri}/features/schema.json: schema {state.schema.fingerprint()}, but the bundle was made "
+                          f"for {manifest['fingerprint']}; train again")
     filesystem, path = storage.resolve(storage.join(uri, "items/items.parquet"))
     items = ItemTable.from_encoded(pq.read_table(path, filesystem=filesystem), state)
     cascade = Cascade(config, state.space)
     for name in cascade.names:
         weights = safetensors.torch.load(storage.read_bytes(storage.join(uri, "stages", name, "weights.safetensors")))
         try:
-            cascade.models[name].load_state_dict(weights)
-        except RuntimeError as error:
+            if name in cascade.prior_scales:
+                cascade.prior_scales[name].data.copy_(weights.pop(PRIOR_SCALE))
+            cascade.load_stage_state(name, weights)
+        except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise BundleError(f"{uri}/stages/{name}/weights.safetensors: they do not fit the config ({reason}); train again") from None
+            raise BundleError(f"{uri}/stages/{name}/weights.safetensors: they do not fit the config ({reason}); "
+                              "train again") from None
     plugin, options = plugins.options("indexes", config.index, "index")
     index = plugin(options)
     index.load(storage.join(uri, "index"))

@@ -22,7 +22,7 @@ ITEM_CHUNK = 65_536  # items embedded at once
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What one stage saw, best first; the first `keep` went on. Of the first stage's catalogue only the best are here."""
+    """What one stage saw, best first; the first `keep` went on. Of the first stage's catalogue only the best."""
 
     name: str
     keep: int
@@ -66,6 +66,21 @@ class Cascade(nn.Module):
                 self.models[stage.name] = plugin(options, space.without(stage.exclude))
             except ConfigError as error:
                 raise ConfigError(f"stages.{position} ({stage.name}): {error}") from None
+        self.prior_scales = nn.ParameterDict({s.name: nn.Parameter(torch.ones(())) for s in config.stages if s.prior})
+
+    def stage_state(self, name: str) -> dict[str, Tensor]:
+        """Everything learned by one stage, its prior's scale included."""
+        state = dict(self.models[name].state_dict())
+        return state | ({"prior_scale": self.prior_scales[name].data} if name in self.prior_scales else {})
+
+    def load_stage_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """The inverse of `stage_state`; RuntimeError where the weights do not fit."""
+        state = dict(state)
+        if name in self.prior_scales:
+            if "prior_scale" not in state:
+                raise RuntimeError("prior_scale is missing")
+            self.prior_scales[name].data.copy_(state.pop("prior_scale"))
+        self.models[name].load_state_dict(state)
 
     def model(self, name: str) -> StageModel:
         """The model of a stage."""
@@ -82,11 +97,22 @@ class Cascade(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scores [Q, C] of every stage for every candidate."""
-        return {name: self.score(name, batch) for name in self.names}
+        scores: dict[str, Tensor] = {}
+        before_QC: Tensor | None = None
+        for name in self.names:
+            before_QC = scores[name] = self.with_prior(name, self.score(name, batch), before_QC)
+        return scores
 
     def score(self, name: str, batch: Batch) -> Tensor:
-        """Scores [Q, C] of one stage."""
-        return self.models[name](batch)[:, :, 0]
+        """Scores [Q, C] of a stage's model alone, float32, without the prior."""
+        return self.models[name](batch)[:, :, 0].float()
+
+    def with_prior(self, name: str, own_QC: Tensor, before_QC: Tensor | None) -> Tensor:
+        """A stage's score from its model's logit and the score of the stage before (which gets no gradient)."""
+        if name not in self.prior_scales:
+            return own_QC
+        assert before_QC is not None, "the first stage has no prior"
+        return own_QC + self.prior_scales[name] * before_QC.detach()
 
     @torch.no_grad()
     def rank(self, batch: Batch) -> Ranking:
@@ -116,14 +142,16 @@ class Cascade(nn.Module):
         users_QD = self.retriever.embed_users(batch).float().numpy()
         most_excluded = max((len(rows) for rows in batch.exclude), default=0)
         found = without_excluded(index.search(users_QD, self.keeps[0] + most_excluded), batch.exclude, self.keeps[0])
-        return StageOutcome(self.names[0], self.keeps[0], found.rows_QK, found.scores_QK, found.rows_QK != PADDING)
+        logits_QK = self.retriever.to_logits(torch.from_numpy(found.scores_QK)).float().numpy()
+        return StageOutcome(self.names[0], self.keeps[0], found.rows_QK, logits_QK, found.rows_QK != PADDING)
 
     @torch.no_grad()
     def narrow(self, name: str, keep: int, batch: Batch, before: StageOutcome, items: ItemTable) -> StageOutcome:
         """One later stage over the survivors of the stage before it."""
         rows_QC, mask_QC = (torch.from_numpy(np.ascontiguousarray(kept)) for kept in before.kept())
         current = batch.with_candidates(rows_QC, mask_QC, items)
-        scores_QC = torch.where(mask_QC, self.score(name, current).float(), -torch.inf)
+        before_QC = torch.from_numpy(np.ascontiguousarray(before.scores_QC[:, :before.keep]))
+        scores_QC = torch.where(mask_QC, self.with_prior(name, self.score(name, current), before_QC), -torch.inf)
         return _outcome(name, keep, current.candidates_QC, scores_QC, mask_QC)[0]
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ import os
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field as Option, ValidationError, field_validator, model_validator
@@ -79,13 +79,18 @@ class Splits(Frozen):
 
 class Stage(Frozen):
     """One stage: a model that scores, and how many candidates go on. `exclude` hides features from the model;
-    `loss` trains the stage alone instead of with the others."""
+    `loss` trains the stage alone instead of with the others; `prior` adds the score of the stage before, times a
+    learned factor, to the model's: the stage then learns what the stage before does not know. `epochs`: trains
+    in the first so many epochs only (with a prior, 1: later on the stage before has seen the rows, and its scores
+    flatter it)."""
 
     name: str = Option(pattern=r"^[a-z][a-z0-9_]*$")
     keep: int = Option(ge=1)
     model: dict[str, Any]
     loss: dict[str, Any] | None = None
     exclude: tuple[str, ...] = ()
+    prior: bool = False
+    epochs: int | None = Option(default=None, ge=1)
 
 
 class Lists(Frozen):
@@ -97,10 +102,14 @@ class Lists(Frozen):
 
 
 class Negatives(Frozen):
-    """Catalogue items added to every training list as candidates that were never logged (reached = 0)."""
+    """Catalogue items added to every training list as candidates that were never logged (reached = 0).
+
+    `retriever` draws them for the later stages from what the first stage retrieves for the request at that moment
+    (it must train on the catalogue), half of them from the best that the second stage would keep.
+    """
 
     per_request: int = Option(default=0, ge=0)
-    source: str = Option(default="popularity", pattern="^(uniform|popularity)$")
+    source: Literal["uniform", "popularity", "retriever"] = "popularity"
 
 
 class Train(Frozen):
@@ -109,7 +118,10 @@ class Train(Frozen):
 
     epochs: int = Option(default=1, ge=1)
     batch_size: int = Option(default=512, ge=1)
+    order: Literal["shuffled", "time"] = "shuffled"  # time: day after day, shuffled within each
     lr: float = Option(default=1e-3, gt=0)
+    warmup_steps: int = Option(default=0, ge=0)
+    final_lr: float = Option(default=1.0, gt=0, le=1)  # share of lr at the end, reached linearly
     embedding_lr: float | None = Option(default=None, gt=0)  # None: the same as lr
     weight_decay: float = Option(default=0.0, ge=0)
     clip: float | None = Option(default=10.0, gt=0)  # gradient norm of each stage
@@ -118,6 +130,7 @@ class Train(Frozen):
     gpu: bool | None = None  # None: where there is one
     bf16: bool = True  # on GPU only
     negatives: Negatives = Negatives()
+    positives_only: bool = False  # leave out requests without the schema's positive label: for losses that need one
     early_stop: int | None = Option(default=None, ge=1)  # epochs without a better validation loss
     checkpoint_steps: int = Option(default=1000, ge=1)
     max_steps: int | None = Option(default=None, ge=1)
@@ -159,11 +172,14 @@ class Config(Frozen):
             raise ConfigError(f"lists.quotas: {len(self.lists.quotas)} widths for {len(self.stages)} stages; "
                               "give one each")
         if min(self.quotas) < 1 or list(self.quotas) != sorted(self.quotas, reverse=True):
-            raise ConfigError(f"lists.quotas: {list(self.quotas)} must be at least 1 and must not grow along the stages")
+            raise ConfigError(f"lists.quotas: {list(self.quotas)} must be at least 1 and must not grow along the "
+                              "stages")
         for position, stage in enumerate(self.stages):
             plugins.options("models", stage.model, f"stages.{position}.model")
             if stage.loss:
                 plugins.options("losses", stage.loss, f"stages.{position}.loss")
+        if self.stages[0].prior:
+            raise ConfigError(f"stages.0 ({self.stages[0].name}): prior needs a stage before it; remove it")
         for folder, spec in (("datasets", self.dataset), ("losses", self.loss), ("indexes", self.index)):
             plugins.options(folder, spec, {"datasets": "dataset", "losses": "loss", "indexes": "index"}[folder])
         return self

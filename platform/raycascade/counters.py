@@ -6,6 +6,7 @@ same function, and ten million items need no dense table.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,25 @@ class Counters:
         if window_ms is None:
             return seen
         return seen - self._until(rows, bucket - max(1, window_ms // self.bucket_ms), self.names.index(name))
+
+    def volume(self, time_ms: "np.ndarray | np.integer | int", name: str, window_ms: int | None = None) -> np.ndarray:
+        """Events of `name` over all items, in the same buckets as `as_of`."""
+        bucket = np.clip((np.asarray(time_ms) - self.start_ms) // self.bucket_ms, 0, self.span - 1)
+        totals = self._volumes[:, self.names.index(name)]
+        if window_ms is None:
+            return totals[bucket]
+        return totals[bucket] - totals[np.maximum(bucket - max(1, window_ms // self.bucket_ms), 0)]
+
+    @cached_property
+    def _volumes(self) -> np.ndarray:
+        """[span, T]: events of all items in buckets strictly before each one."""
+        owner, bucket = self.keys_M // self.span, self.keys_M % self.span
+        follows = np.concatenate([[False], owner[1:] == owner[:-1]])[:len(owner)]
+        added = self.totals_MT.astype(np.float64)
+        added[follows] -= self.totals_MT[np.flatnonzero(follows) - 1]
+        volumes = np.zeros((self.span + 1, len(self.names)), np.float64)
+        np.add.at(volumes, bucket + 1, added)
+        return np.cumsum(volumes, axis=0)[:self.span]
 
     def _until(self, rows: np.ndarray, bucket: np.ndarray, column: int) -> np.ndarray:
         rows, bucket = np.broadcast_arrays(np.asarray(rows, np.int64), np.clip(bucket, 0, self.span - 1))

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from raycascade.batch import Batch
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.errors import DataError
 from raycascade.schema import FIRST_ROW
@@ -32,13 +33,13 @@ def explain_item(bundle: Bundle, *, user: str, item: str) -> dict[str, Any]:
     excluded = bool(batch.exclude) and row in batch.exclude[0]
     stages: dict[str, Any] = {}
     lost_at: str | None = "excluded" if excluded else None
-    ranking = bundle.cascade.recommend(batch, bundle.index, bundle.items)
+    ranking, alone = bundle.cascade.recommend(batch, bundle.index, bundle.items), _scores_alone(bundle, batch, row)
     for position, outcome in enumerate(ranking.stages):
         kept_rows, kept_mask = outcome.kept()
         if position == 0:
             score, rank = _retrieval(bundle, batch, row)
         else:
-            score = _score_alone(bundle, outcome.name, batch, row)
+            score = alone[outcome.name]
             others = outcome.scores_QC[0][outcome.mask_QC[0] & (outcome.rows_QC[0] != row)]
             rank = 1 + int((others > score).sum())
         survives = bool((kept_rows[0][kept_mask[0]] == row).any())
@@ -61,7 +62,7 @@ def _item_row(bundle: Bundle, item: str) -> int:
 
 
 @torch.no_grad()
-def _retrieval(bundle: Bundle, batch: Any, row: int) -> tuple[float, int]:
+def _retrieval(bundle: Bundle, batch: Batch, row: int) -> tuple[float, int]:
     """Score and exact place among all items that the user may get."""
     user_1D = bundle.cascade.retriever.embed_users(batch).float().numpy()
     allowed_N = np.setdiff1d(bundle.items.all_rows, batch.exclude[0] if batch.exclude else [])
@@ -73,11 +74,12 @@ def _retrieval(bundle: Bundle, batch: Any, row: int) -> tuple[float, int]:
     for rows, vectors in chunks:
         scores_N = (vectors @ user_1D[0])[np.isin(rows, allowed_N) & (rows != row)]
         above += int((scores_N > score).sum())
-    return score, above + 1
+    return float(bundle.cascade.retriever.to_logits(torch.tensor(score))), above + 1
 
 
 @torch.no_grad()
-def _score_alone(bundle: Bundle, name: str, batch: Any, row: int) -> float:
+def _scores_alone(bundle: Bundle, batch: Batch, row: int) -> dict[str, float]:
+    """Every stage's score of the item, as if all stages before had let it through."""
     rows_11 = torch.full((1, 1), row)
     alone = batch.with_candidates(rows_11, torch.ones_like(rows_11, dtype=torch.bool), bundle.items)
-    return float(bundle.cascade.score(name, alone))
+    return {name: float(score) for name, score in bundle.cascade(alone).items()}

@@ -4,9 +4,10 @@
 by training, batch scoring and serving.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -52,12 +53,13 @@ def to_keys(array: "pa.Array | pa.ChunkedArray") -> np.ndarray:
         array = array.dictionary_decode()
     if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
         try:
-            return pc.fill_null(array, 0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+            return pc.fill_null(array.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
             raise DataError("ids must lie below 2^63; cast the column to text") from None
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_null(array.type):
         text = pc.fill_null(array.cast(pa.string()), "").to_numpy(zero_copy_only=False)
-        return hash_array(text, categorize=False).view(np.int64)
+        hashed = cast(Callable[..., np.ndarray], hash_array)(text, categorize=False)  # pandas gives it no type
+        return hashed.view(np.int64)
     raise DataError(f"ids must be integers or strings, got {array.type}; cast the column")
 
 

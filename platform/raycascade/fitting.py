@@ -184,7 +184,8 @@ class FitPart:
             sample = self.samples[feature.name][:, 1] if count else np.zeros(1)
             edges = tuple(np.unique(np.quantile(sample, np.linspace(0, 1, NUM_EDGES))).tolist())
         # A smaller spread is the rounding of the squares of a constant.
-        return DenseStats(mean=mean, std=spread if spread > 1e-7 * abs(mean) else 1.0, missing=bool(missing), edges=edges)
+        std = spread if spread > 1e-7 * abs(mean) else 1.0
+        return DenseStats(mean=mean, std=std, missing=bool(missing), edges=edges)
 
     def _counters(self, item_ids: Vocabulary) -> tuple[Counters, dict[str, float]]:
         if self.events is None or len(self.events) == 0:
@@ -225,7 +226,7 @@ class FitPart:
 
 
 def exact_sum(values: np.ndarray) -> int:
-    """The sum of finite float64 values in units of 2^-UNIT_BITS, without rounding, so that its order does not matter."""
+    """The sum of finite float64 values in units of 2^-UNIT_BITS, without rounding, so that no order matters."""
     fractions, exponents = np.frexp(values)
     whole = np.ldexp(fractions, 53).astype(np.int64)
     shifts, owner = np.unique(exponents, return_inverse=True)

@@ -106,6 +106,9 @@ class ItemTable:
         """The raw value of a count feature before standardisation: log1p(count), or a smoothed rate."""
         window_ms = None if feature.window_hours is None else feature.window_hours * 3_600_000
         counts = self.state.counters.as_of(rows, np.asarray(time_ms), feature.label, window_ms)
+        if feature.relative:
+            mean = self.state.counters.volume(time_ms, feature.label, window_ms) / max(1, self.num_items)
+            return np.log1p(counts) - np.log1p(mean)
         if not feature.rate:
             return np.log1p(counts)
         shows = self.state.counters.as_of(rows, np.asarray(time_ms), "exposure", window_ms)

@@ -115,7 +115,8 @@ class CountFeature(Frozen):
 
     `label`: a label of the schema, or "exposure". `window_hours`: only the last so many hours; None counts from the
     start of the log. `rate`: divides by the exposures of the same window, smoothed towards the training rate with
-    `smoothing` pseudo-exposures. Counts are log1p-transformed, then both are standardised.
+    `smoothing` pseudo-exposures. Counts are log1p-transformed, then both are standardised. `relative`: the log1p of the
+    catalogue's mean count at that moment is taken off, so that a busier or a thinner log does not move the feature.
     """
 
     kind: Literal["count"] = "count"
@@ -124,6 +125,7 @@ class CountFeature(Frozen):
     label: str = "exposure"
     window_hours: int | None = Option(default=None, ge=1)
     rate: bool = False
+    relative: bool = False
     smoothing: float = Option(default=20.0, gt=0)
 
 

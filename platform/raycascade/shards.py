@@ -10,6 +10,7 @@ helpers, reader and version stand here.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +24,18 @@ from raycascade.items import ItemTable
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 1024
 WINDOW_GROUPS = 8  # row groups that are shuffled together
+DAY_MS = 86_400_000
 
 
 def write_part(uri: str, tables: Iterator[pa.Table]) -> int:
-    """Streams tables of one schema into a Parquet file with row groups of ROWS_PER_GROUP; no file for no rows."""
+    """Streams tables of one schema into a Parquet file; no file for no rows. Each table starts a row group of its own
+    (of at most ROWS_PER_GROUP), so that a reader can take the days of a log one after the other."""
     filesystem, path = storage.resolve(uri)
     writer, rows = None, 0
     try:
-        for table in _regrouped(tables):
+        for table in tables:
+            if len(table) == 0:
+                continue
             if writer is None:
                 storage.make_folder(uri.rsplit("/", 1)[0])
                 writer = pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
@@ -42,17 +47,15 @@ def write_part(uri: str, tables: Iterator[pa.Table]) -> int:
     return rows
 
 
-def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of ROWS_PER_GROUP (the last one may be shorter)."""
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        while sum(map(len, held)) >= ROWS_PER_GROUP:
-            joined = pa.concat_tables(held, promote_options="none")
-            yield joined.slice(0, ROWS_PER_GROUP)
-            held = [joined.slice(ROWS_PER_GROUP)]
-    if held and sum(map(len, held)):
-        yield pa.concat_tables(held)
+def by_day(table: pa.Table, *, utc_offset_hours: float) -> Iterator[pa.Table]:
+    """The rows of each day of a zone, in order of time."""
+    time_ms = table["time_ms"].to_numpy()
+    order = np.argsort(time_ms, kind="stable")
+    days = (time_ms[order] + int(utc_offset_hours * 3_600_000)) // DAY_MS
+    bounds = [0, *(np.flatnonzero(np.diff(days)) + 1), len(days)]
+    for start, stop in pairwise(bounds):
+        if stop > start:
+            yield table.take(pa.array(order[start:stop]))
 
 
 def publish(root: str, version: str, facts: dict[str, object]) -> None:
@@ -67,7 +70,7 @@ def publish(root: str, version: str, facts: dict[str, object]) -> None:
         files[name] = {"sha256": storage.sha256(uri), "bytes": _size(uri)}
         if name.endswith(".parquet"):
             filesystem, path = storage.resolve(uri)
-            files[name]["row_groups"] = _group_sizes(pq.read_metadata(path, filesystem=filesystem))
+            files[name]["row_groups"] = _groups(pq.read_metadata(path, filesystem=filesystem))
     manifest = {"format_version": FORMAT_VERSION, "version": version, "previous": old.get("version"), **facts,
                 "files": files}
     storage.write_json(current, manifest)
@@ -75,8 +78,15 @@ def publish(root: str, version: str, facts: dict[str, object]) -> None:
         storage.remove_folder(storage.join(root, old["previous"]))
 
 
-def _group_sizes(metadata: pq.FileMetaData) -> list[int]:
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+def _groups(metadata: pq.FileMetaData) -> list[tuple[int, int]]:
+    """(rows, first time_ms) of every row group; 0 where the rows have no time."""
+    time_column = metadata.schema.names.index("time_ms") if "time_ms" in metadata.schema.names else None
+    groups = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        statistics = None if time_column is None else group.column(time_column).statistics
+        groups.append((group.num_rows, statistics.min if statistics is not None else 0))
+    return groups
 
 
 def _size(uri: str) -> int:
@@ -148,10 +158,14 @@ class Shards:
         return pq.ParquetFile(path, filesystem=filesystem)
 
     def groups(self, split: str) -> list[tuple[str, int, int]]:
-        """(file, row group, rows) of a split, in order."""
-        sizes = self.manifest["files"]
+        """(file, row group, rows) of a split, in the files' order."""
         return [(name, group, rows) for name in self.files(f"requests/{split}")
-                for group, rows in enumerate(sizes[name]["row_groups"])]
+                for group, (rows, _) in enumerate(self.manifest["files"][name]["row_groups"])]
+
+    def day_of(self, name: str, group: int) -> int:
+        """The day of a row group, in the schema's zone; a group never spans two."""
+        first_ms = self.manifest["files"][name]["row_groups"][group][1]
+        return (first_ms + int(self.state.schema.utc_offset_hours * 3_600_000)) // DAY_MS
 
     def read_group(self, name: str, group: int) -> pa.Table:
         """One row group; ShardError if the file is damaged."""
@@ -168,6 +182,7 @@ class Shards:
 class ShardReader:
     """Batches of encoded requests for one worker: shuffled by seed and epoch, resumable to the exact batch.
 
+    `in_time` takes the days in order and shuffles within each, so that a model is always ahead of what it has seen.
     Every worker reads its own row groups, and all workers make the same number of steps. `batch_size` is per worker.
     """
 
@@ -178,6 +193,7 @@ class ShardReader:
     rank: int = 0
     world_size: int = 1
     shuffle: bool = True
+    in_time: bool = False
 
     def _plan(self, epoch: int) -> list[list[tuple[str, int, int]]]:
         """Row groups per worker for an epoch: the largest next group to the worker with the fewest rows."""
@@ -185,6 +201,8 @@ class ShardReader:
         order = range(len(groups))
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
+        if self.in_time:
+            order = sorted(order, key=lambda i: self.shards.day_of(*groups[i][:2]))
         loads, plan = [0] * self.world_size, [[] for _ in range(self.world_size)]
         for i in order:
             worker = int(np.argmin(loads))
@@ -200,7 +218,8 @@ class ShardReader:
         steps = min(rows) // self.batch_size
         if steps == 0:
             raise ShardError(f"split {self.split!r} has too few rows for {self.world_size} workers with "
-                             f"{self.batch_size} requests a step each (rows per worker: {rows}); use fewer workers or a smaller batch")
+                             f"{self.batch_size} requests a step each (rows per worker: {rows}); use fewer workers "
+                             "or a smaller batch")
         return steps
 
     def batches(self, epoch: int, *, start: int = 0) -> Iterator[pa.Table]:
@@ -222,10 +241,11 @@ class ShardReader:
 
     def _windows(self, epoch: int) -> Iterator[pa.Table]:
         groups = self._plan(epoch)[self.rank]
-        for first in range(0, len(groups), WINDOW_GROUPS):
-            window = groups[first:first + WINDOW_GROUPS]
+        days = [list(same) for _, same in groupby(groups, key=lambda g: self.shards.day_of(g[0], g[1]) * self.in_time)]
+        windows = [day[first:first + WINDOW_GROUPS] for day in days for first in range(0, len(day), WINDOW_GROUPS)]
+        for number, window in enumerate(windows):
             table = pa.concat_tables([self.shards.read_group(name, group) for name, group, _ in window])
             if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch, self.rank, first]).permutation(len(table))
+                order = np.random.default_rng([self.seed, epoch, self.rank, number]).permutation(len(table))
                 table = table.take(order)
             yield table

@@ -30,7 +30,8 @@ def urls(ray_cluster: None, tiny_bundle: str) -> Iterator[dict[str, str]]:
     started: dict[str, str] = {}
     port = 0
     for mode in ("composed", "fused"):
-        started[mode] = serving.start(tiny_bundle, mode=mode, host="127.0.0.1", port=port, name=mode, route_prefix=f"/{mode}")
+        started[mode] = serving.start(
+            tiny_bundle, mode=mode, host="127.0.0.1", port=port, name=mode, route_prefix=f"/{mode}")
         port = urllib.parse.urlsplit(started[mode]).port or 0
     yield started
     for mode in started:

@@ -27,10 +27,7 @@ def brute_force(bundle: Bundle, user: int) -> dict[str, dict[int, float]]:
         rows = np.setdiff1d(rows, batch.exclude[0])
     everything = torch.from_numpy(rows)[None, :]
     full = batch.with_candidates(everything, torch.ones_like(everything, dtype=torch.bool), bundle.items)
-    users, vectors = bundle.cascade.retriever.embed_users(batch), bundle.cascade.retriever.embed_items(
-        bundle.items.fields(rows, bundle.state.as_of_ms))
-    scores = {name: bundle.cascade.score(name, full)[0].numpy() for name in bundle.cascade.names[1:]}
-    scores["retriever"] = (vectors @ users[0]).numpy()
+    scores = {name: scores_QC[0].numpy() for name, scores_QC in bundle.cascade(full).items()}
     seen, reaching = {}, np.arange(len(rows))
     for name in bundle.cascade.names:
         seen[name] = {int(bundle.items.keys[int(rows[i]) - 2].as_py()): float(scores[name][i]) for i in reaching}

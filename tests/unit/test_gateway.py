@@ -1,6 +1,7 @@
 """The gateway and its HTTP interface over stages in this process, held against `Bundle.recommend`."""
 
 import asyncio
+import re
 from typing import Any
 
 import httpx
@@ -114,16 +115,19 @@ def test_unknown_items_in_a_history_are_tolerated_and_known_ones_count(bundle: B
 @pytest.mark.parametrize(("body", "detail"), [
     ({"k": 0}, "k: .*got 0"), ({"k": "3"}, "k: .*got '3'"),
     ({"k": 6}, "k: 6 is more than the last stage keeps; ask for at most 5"),
-    ({"user_id": None}, "user_id"), ({"user_id": 1.5}, "user_id"), ({"user_id": True}, "user_id"),
+    ({"user_id": None}, "user_id"), ({"user_id": True}, "user_id"),
+    ({"user_id": 1.5}, r"^user_id: expected a valid integer or a valid string, got 1\.5$"),
     ({"user_id": 1 << 70}, "user_id"),
-    ({"exclude": "5000"}, "exclude: "), ({"history": {"a": 1}}, "history: "), ({"history": [1.5]}, "history.0"),
+    ({"exclude": "5000"}, "exclude: "), ({"history": {"a": 1}}, "history: "),
+    ({"history": [3, 1.5], "k": 0}, r"^k: .* \(and 1 more\)$"),
+    ({"history": [3, {"item": 3}]}, r"^history\.1\.item_id: missing"),
+    ({"history": ["3", 1.5]}, r"^history\.1: expected a valid integer or a valid string, got 1\.5$"),
+    ({"history": [{"item_id": 3, "act": 3}]}, r"^history\.0\.act: unknown field; known: item_id, time_ms, features$"),
     ({"trace": "yes"}, "trace: "), ({"time_ms": "now"}, "time_ms: "),
     ({"kk": 1}, "kk: unknown field; known: user_id, k,"),
     ({"features": {"citty": 1}}, "did you mean 'city'"), ({"features": {"income": {"a": 1}}}, "features.income"),
 ])
 def test_a_bad_body_is_a_problem_that_says_where(bundle: Bundle, body: dict, detail: str):
-    import re
-
     reply = recommend(bundle, **body)
     assert reply.status_code == 422
     assert reply.headers["content-type"] == "application/problem+json"

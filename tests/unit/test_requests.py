@@ -35,7 +35,8 @@ def test_a_query_of_a_known_user_is_that_users_state(bundle: Bundle):
 
 def test_what_a_query_brings_wins_and_null_brings_nothing(bundle: Bundle):
     own = encoded(bundle, Query(user_id=104))
-    brought = encoded(bundle, Query(user_id=104, features={"city": "city 2", "income": None}, history=[item_id(3)]))
+    query = Query(user_id=104, features={"city": "city 2", "income": None}, history=[Event(item_id=item_id(3))])
+    brought = encoded(bundle, query)
     city = int(bundle.state.vocabularies["city"].lookup(pa.array(["city 2"]))[0])
     assert (brought["city"], brought["income"], brought["history"]) == (city, own["income"], [5])
     assert brought["history_action"] == [1]

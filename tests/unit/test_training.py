@@ -1,4 +1,4 @@
-"""Training: gradients, negatives, repeatability, resuming, early stop; every figure by hand, by brute force or alone."""
+"""Training: gradients, negatives, repeatability, resuming, early stop; the oracles are hand, brute force and alone."""
 
 import itertools
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from raycascade.batch import Batch, collate
 from raycascade.config import Train
@@ -23,7 +24,7 @@ from raycascade.training import checkpoint, loop
 from raycascade.training.checkpoint import Best, Progress
 from raycascade.training.loop import Place, Run, Save, fit
 from raycascade.training.optimisers import Optimisers, average_gradients, clip_norm
-from raycascade.training.sampling import Catalogue, shared_list, with_negatives
+from raycascade.training.sampling import Catalogue, shared_items, with_negatives
 from tests.tiny_shards import STAGES, same, train_config, trained, weights, write_shards
 
 
@@ -57,9 +58,11 @@ def test_the_sum_of_the_losses_trains_each_stage_as_if_it_were_alone(shards: str
         alone.cascade.models[stage["name"]].load_state_dict(start[stage["name"]])
         trained(alone.config, run=alone)
         together = run.cascade.models[stage["name"]].state_dict()
+        moved = 0
         for name, value in alone.cascade.models[stage["name"]].state_dict().items():
-            assert not torch.equal(value, start[stage["name"]][name]) or not value.any() or name.endswith("of:device.weight")
             torch.testing.assert_close(together[name], value, rtol=0, atol=1e-6)
+            moved += not torch.equal(value, start[stage["name"]][name])
+        assert moved > 5
 
 
 # ---------------------------------------------------------------- optimisers
@@ -71,6 +74,7 @@ class OneTable(nn.Module):
         self.table = nn.Embedding(50, 3, sparse=True)
         self.dense = nn.Linear(3, 1)
         self.models = nn.ModuleDict({"only": nn.ModuleList([self.table, self.dense])})
+        self.prior_scales = nn.ParameterDict()
 
 
 def test_the_sparse_optimiser_touches_only_the_rows_of_the_batch():
@@ -100,7 +104,8 @@ def test_clipping_scales_all_gradients_of_a_stage_to_the_limit():
     dense, table = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(4, 1))
     dense.grad = torch.tensor([3.0, 0.0])
     # row 1 is hit twice: 1 + 3 = 4, so the norm is the 5 of (3, 4), not of (3, 1, 3)
-    table.grad = torch.sparse_coo_tensor([[1, 1]], torch.tensor([[1.0], [3.0]]), (4, 1), check_invariants=True)
+    rows, values = torch.tensor([[1, 1]]), torch.tensor([[1.0], [3.0]])
+    table.grad = torch.sparse_coo_tensor(rows, values, (4, 1), check_invariants=True)
     clip_norm([dense, table], 1.0)
     torch.testing.assert_close(dense.grad, torch.tensor([0.6, 0.0]))
     torch.testing.assert_close(table.grad.to_dense(), torch.tensor([[0.0], [0.8], [0.0], [0.0]]))
@@ -148,17 +153,17 @@ def average_in_one_of_two(rank: int, folder: str) -> None:
     average_gradients(tables, list(net.layer.parameters()))
     assert net.odd.weight.grad is not None
     assert net.odd.weight.grad.is_sparse
-    np.savez(f"{folder}/{rank}.npz", **{name: grad.numpy() for name, grad in gradients(net).items()})
+    safetensors.torch.save_file(gradients(net), f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_average_to_the_gradient_of_one_sparse_tables_included(tmp_path: Path):
-    torch.multiprocessing.spawn(average_in_one_of_two, (str(tmp_path),), nprocs=2)
+    spawn(average_in_one_of_two, (str(tmp_path),), nprocs=2)
     net = Net()
     ((net(ROWS[0]) + net(ROWS[1])) / 2).backward()
     expected = gradients(net)
     for rank in range(2):
-        seen = np.load(tmp_path / f"{rank}.npz")
+        seen = safetensors.torch.load_file(tmp_path / f"{rank}.safetensors")
         assert set(seen) == set(expected)
         for name, grad in expected.items():
             np.testing.assert_allclose(seen[name], grad, rtol=1e-6, atol=1e-7)
@@ -168,7 +173,8 @@ def test_two_processes_average_to_the_gradient_of_one_sparse_tables_included(tmp
 def test_drawn_items_that_are_in_the_list_are_masked_and_the_rest_are_negatives(batch: Batch, catalogue: Catalogue):
     assert batch.targets is not None
     width = batch.mask_QC.shape[1]
-    batch = replace(batch, mask_QC=batch.mask_QC & (torch.arange(width) < width - 1))  # the last one is padding
+    mask_QC = batch.mask_QC & (torch.arange(width) < width - 1)  # the last one is padding
+    batch = replace(batch, mask_QC=mask_QC, targets=replace(batch.targets, mask_QC=mask_QC))
     wide = with_negatives(batch, catalogue, count=60, source="uniform", rng=np.random.default_rng(5))
     drawn_QM, mask_QM = wide.candidates_QC[:, width:], wide.mask_QC[:, width:]
     again_QM = catalogue.draw((len(drawn_QM), 60), "uniform", np.random.default_rng(5))
@@ -179,8 +185,11 @@ def test_drawn_items_that_are_in_the_list_are_masked_and_the_rest_are_negatives(
         assert bool(mask_QM[q, m]) == (not in_list)
         assert int(drawn_QM[q, m]) == (0 if in_list else again_QM[q, m])
     assert seen > 5
+    assert batch.targets is not None
     assert wide.targets is not None
+    assert wide.targets.log_q_QC is not None
     assert torch.equal(wide.mask_QC, wide.targets.mask_QC)
+    np.testing.assert_allclose(wide.targets.log_q_QC.exp(), 60 / 120, rtol=1e-5)  # how often an item is expected
     assert not wide.targets.relevance_QC[:, width:].any()
     assert wide.targets.labels["click"][:, width:].isnan().all()
     assert torch.equal(wide.targets.labels["click"][:, :width], batch.targets.labels["click"])
@@ -193,16 +202,19 @@ def test_log_q_of_a_shared_sample_is_the_chance_of_being_in_it(source: str, batc
     hits_N = np.zeros(catalogue.items.num_items)
     for _ in range(rounds):
         hits_N[np.unique(catalogue.draw((draws,), source, rng)) - FIRST_ROW] += 1
-    _, targets = shared_list(batch, torch.zeros(batch.mask_QC.shape), lambda item: torch.zeros(8, len(item["item_id"])),
-                             catalogue, num_sampled=draws, source=source, rng=rng)
-    assert targets.log_q_QC is not None
-    listed_QC = targets.log_q_QC[:, :batch.mask_QC.shape[1]].exp().numpy()
+    shared = shared_items(batch, lambda item: torch.zeros(8, len(item["item_id"])), catalogue, num_sampled=draws,
+                          source=source, rng=rng)
+    assert shared.log_q_QC is not None
+    assert shared.negatives.log_q_S is not None
+    listed_QC = shared.log_q_QC.exp().numpy()
     seen_QC = hits_N[batch.candidates_QC.numpy() - FIRST_ROW] / rounds
     spread_QC = np.sqrt(listed_QC * (1 - listed_QC) / rounds)
     assert (np.abs(listed_QC - seen_QC) < 4.5 * spread_QC).all()
     # by the binomial formula
     p_QC = catalogue.probability(batch.candidates_QC.numpy(), source)
     np.testing.assert_allclose(listed_QC, 1 - (1 - p_QC) ** draws, rtol=1e-5)
+    p_S = catalogue.probability(shared.rows_S, source)
+    np.testing.assert_allclose(shared.negatives.log_q_S.exp(), 1 - (1 - p_S) ** draws, rtol=1e-5)
 
 
 def test_popularity_is_the_logged_positives_plus_one(catalogue: Catalogue):
@@ -212,24 +224,27 @@ def test_popularity_is_the_logged_positives_plus_one(catalogue: Catalogue):
     np.testing.assert_allclose(catalogue.probability(catalogue.items.all_rows, "popularity"), counts / counts.sum())
 
 
-def test_the_shared_catalogue_list_is_every_item_once_and_scored_as_one_by_one(shards: str, batch: Batch, catalogue: Catalogue):
+def test_the_shared_catalogue_list_is_every_item_once_and_scored_as_one_by_one(
+    shards: str, batch: Batch, catalogue: Catalogue
+):
     run = Run.build(train_config(shards), Shards.open(shards), Place())
     tower: Any = run.cascade.eval().model("retriever")
     state = tower.encode_request(batch)
-    scores_QC = tower.score_candidates(state, batch)[:, :, 0]
-    extended, targets = shared_list(batch, scores_QC, lambda item: tower.score_items(state, item), catalogue,
-                                    num_sampled=None, source="popularity", rng=np.random.default_rng(0))
-    width, rows_N = scores_QC.shape[1], catalogue.items.all_rows
-    assert extended.shape[1] == width + len(rows_N)
-    assert targets.log_q_QC is None
+    batch = replace(batch, exclude=tuple(np.array([2 + q, 60]) for q in range(8)))
+    shared = shared_items(batch, lambda item: tower.score_items(state, item), catalogue, num_sampled=None,
+                          source="popularity", rng=np.random.default_rng(0))
+    rows_N = catalogue.items.all_rows
+    assert np.array_equal(shared.rows_S, rows_N)
+    assert shared.log_q_QC is None
+    assert shared.negatives.log_q_S is None
     moment = batch.time_ms_Q.median()
     everything = replace(batch, time_ms_Q=torch.full_like(batch.time_ms_Q, int(moment))).with_candidates(
         torch.from_numpy(np.tile(rows_N, (8, 1))), torch.ones(8, len(rows_N), dtype=torch.bool), catalogue.items)
     one_by_one_QN = tower.score_candidates(state, everything)[:, :, 0]
-    torch.testing.assert_close(extended[:, width:], one_by_one_QN, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shared.negatives.scores_QS, one_by_one_QN, rtol=1e-5, atol=1e-5)
     for q in range(8):
         own = set(batch.candidates_QC[q][batch.mask_QC[q]].tolist())
-        assert set(rows_N[~targets.mask_QC[q, width:].numpy()]) == own
+        assert set(rows_N[~shared.negatives.mask_QS[q].numpy()]) == own | {2 + q, 60}
 
 
 # ---------------------------------------------------------------- the loop
@@ -251,7 +266,7 @@ def test_losses_get_float32_scores_even_where_the_models_ran_in_bfloat16(shards:
     spy = Spy()
     run.objective.terms[:] = [replace(term, loss=spy) for term in run.objective.terms]
     with torch.autocast("cpu", torch.bfloat16):
-        assert run.cascade.score("ranker", batch).dtype == torch.bfloat16
+        assert run.cascade.models["ranker"](batch).dtype == torch.bfloat16
         total = run.objective(run.cascade, batch, run.catalogue, np.random.default_rng(0)).total
     assert spy.seen == [torch.float32] * 3
     assert total.dtype == torch.float32
@@ -263,10 +278,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(shards: str):
                             for seed in (1, 1, 2))
     assert same(first, second)
     assert not same(first, other)
-
-
-class Stopped(Exception):
-    """The process dies here."""
 
 
 def resumed_from_every_checkpoint(run: Run, folder: Path) -> list[int]:
@@ -282,12 +293,12 @@ def resumed_from_every_checkpoint(run: Run, folder: Path) -> list[int]:
 
     end = fit(run, Progress(), keep)
     for step in kept:
-        again = Run.build(run.config.model_copy(update={"train": run.config.train.model_copy(update={"seed": 7})}),
-                          run.shards, run.place)
+        again = Run.build(run.config, run.shards, run.place)
         with torch.no_grad():
             for parameter in again.cascade.parameters():
                 parameter.add_(1.0)  # whatever is not restored shows
-        progress = checkpoint.load(str(folder / str(step)), again.cascade, again.objective, again.optimisers, best=again.best)
+        progress = checkpoint.load(str(folder / str(step)), again.cascade, again.objective, again.optimisers,
+                                   best=again.best)
         _, progress = trained(run.config, run=again, progress=progress)
         assert same(weights(run), weights(again)), step
         points = {name: [tuple(p) for p in curve] for name, curve in progress.curves.items()}
@@ -332,7 +343,8 @@ def test_without_early_stop_all_epochs_run_and_the_last_weights_stay(shards: str
 
 def test_the_best_epoch_survives_a_resume(shards: str, tmp_path: Path):
     # a high rate overshoots, so that the best epoch is not the last one
-    config = train_config(shards, train={"epochs": 6, "batch_size": 32, "checkpoint_steps": 4, "lr": 0.1, "early_stop": 1})
+    train = {"epochs": 6, "batch_size": 32, "checkpoint_steps": 4, "lr": 0.1, "early_stop": 1}
+    config = train_config(shards, train=train)
     run = Run.build(config, Shards.open(shards), Place())
     kept = resumed_from_every_checkpoint(run, tmp_path)
     assert len(kept) > 2
@@ -357,7 +369,9 @@ def test_the_best_weights_are_a_copy():
     assert torch.equal(layer.weight, kept)
 
 
-def test_validation_is_the_same_on_every_worker_though_negatives_are_drawn(shards: str, monkeypatch: pytest.MonkeyPatch):
+def test_validation_is_the_same_on_every_worker_though_negatives_are_drawn(
+    shards: str, monkeypatch: pytest.MonkeyPatch
+):
     config = train_config(shards, train={"negatives": {"per_request": 5}})
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: None)
     losses = [loop.validation_loss(Run.build(config, Shards.open(shards), Place(rank, 2))) for rank in range(2)]
@@ -367,7 +381,6 @@ def test_validation_is_the_same_on_every_worker_though_negatives_are_drawn(shard
 def test_a_loss_that_is_not_finite_stops_with_one_line(shards: str):
     run = Run.build(train_config(shards), Shards.open(shards), Place())
     with torch.no_grad():
-        next(run.cascade.models["ranker"].parameters()).fill_(float("nan"))
         for parameter in run.cascade.models["ranker"].parameters():
             parameter.fill_(float("nan"))
     with pytest.raises(ConfigError, match=r"not finite at step 0 .*bce/ranker.*lower train.lr") as caught:

@@ -50,4 +50,4 @@ class ImpressionLog(Dataset, Protocol):
 
     exclude_seen: bool  # a request must not recommend what its user was shown before
     duplicates: Literal["refuse", "drop"]  # rows that are equal in every column
-    gap_minutes: float | None  # rows without a request id start a new request after so long a silence; None: all have one
+    gap_minutes: float | None  # so long a silence starts a new request where rows have no id; None: all have one

@@ -8,11 +8,10 @@ each user's last exposures up to that day.
 
 Requests are a user's days in China (UTC+8), because the log has no request ids.
 
-Times of the initial history are not in its file. Its events keep their order, one second apart, the last one at the
-user's `last_time_ms` and before the next midnight in China: the true times are the same or earlier (but for exposures
-less than a second apart), so nothing is seen before it happened. Hours, ages and recent counts of those events are
-therefore coarse; they serve as history and as training data. Their `long_view` is "the video is in `long_watch_seq`",
-which is ambiguous where a user was shown a video twice. Feedback that the file does not tell is null.
+Times of the initial history are not in its file. They are estimated: the user's `history_len` exposures spread evenly
+from `sequences_from` to `last_time_ms`, the listed ones being the last. Their order is the true one, and all lie before
+the log begins; hours, ages and daily counts of that time are approximate. Their `long_view` is "the video is in
+`long_watch_seq`", which is ambiguous where a user was shown a video twice. Feedback that the file does not tell is null.
 """
 
 import datetime as dt
@@ -54,7 +53,7 @@ USER_NUMBERS = ["follow_user_num", "fans_user_num", "friend_user_num", "register
 VIDEO_COLUMNS = ["video_id", "author_id", "video_type", "upload_dt", "upload_type", "video_duration", "music_id",
                  "music_type", "tag"]
 TEXT = {"user_active_degree", "video_type", "upload_type", "tag"}
-SEQUENCE_COLUMNS = ["user_id", "last_time_ms", "watch_seq", "long_watch_seq", "like_seq"]
+SEQUENCE_COLUMNS = ["user_id", "history_len", "last_time_ms", "watch_seq", "long_watch_seq", "like_seq"]
 FIRST_DAY = re.compile(r"log_[a-z]+_(\d+)_(\d+)_to_")
 
 
@@ -67,7 +66,7 @@ class KuairandDataset:
         history_len: int = Option(default=50, ge=1)
         request_by: Literal["day", "gap"] = "day"  # gap: a new request after 30 minutes without an exposure
         use_sequences: bool = True  # read the initial history, if it is there
-        sequence_chunk: int = Option(default=10, ge=1)  # events of the initial history in one training request
+        sequences_from: dt.date = dt.date(2022, 4, 9)  # when the initial history is taken to begin
         use_random: bool = False  # also read log_random*: videos shown at random instead of recommended
 
     def __init__(self, config: Config, *, raw: str):
@@ -170,20 +169,33 @@ class KuairandDataset:
         watched = _columns.lists(raw["watch_seq"], "watch_seq", ",", where=where)
         row_R = np.repeat(np.arange(len(table)), watched.lengths_Q)
         position_R = np.arange(len(row_R)) - np.repeat(watched.offsets_Q1[:-1], watched.lengths_Q)
-        end_Q = np.minimum(last_Q, _midnight_after_ms(_last_day(where)) - 1)
+        time_ms = self._estimated_ms(raw["history_len"], last_Q, watched.lengths_Q, row_R, position_R, where)
         video = _columns.without_nulls(_columns.ids(watched.values, "watch_seq", where=where), "watch_seq", where=where)
         user = user_Q.take(pa.array(row_R))
-        chunk = pa.array(position_R // self.config.sequence_chunk).cast(pa.string())
         feedback = {label: _contained(raw[column], row_R, video, where)
                     for label, column in (("long_view", "long_watch_seq"), ("like", "like_seq"))}
         unknown = pa.nulls(len(row_R), pa.int8())
         return pa.table({
             "user_id": user, "item_id": video,
-            "request_id": pc.binary_join_element_wise(user.cast(pa.string()), chunk, "-s"),
-            "time_ms": pa.array(end_Q[row_R] - 1000 * (watched.lengths_Q[row_R] - 1 - position_R)),
+            "request_id": made_request_ids("day", user, time_ms, video, utc_offset_hours=UTC_OFFSET_HOURS),
+            "time_ms": time_ms,
             "tab": pa.nulls(len(row_R), pa.int64()), **{label: feedback.get(label, unknown) for label in LABELS},
             "watched": feedback["long_view"].cast(pa.int64()), "row_key": pa.array(np.zeros(len(row_R), np.int64)),
         })
+
+    def _estimated_ms(
+        self, history_len: pa.Array, last_Q: np.ndarray, lengths_Q: np.ndarray, row_R: np.ndarray,
+        position_R: np.ndarray, where: str,
+    ) -> pa.Array:
+        """When each event of the initial history probably happened, rising within a user by at least a millisecond."""
+        total_Q = _columns.without_nulls(history_len.cast(pa.int64()), "history_len", where=where).to_numpy()
+        total_Q = np.maximum(total_Q, lengths_Q)
+        first = dt.datetime.combine(self.config.sequences_from, dt.time(), dt.UTC)
+        begin_ms = int(first.timestamp() * 1000 - UTC_OFFSET_HOURS * 3_600_000)
+        end_Q = np.minimum(last_Q, _midnight_after_ms(_last_day(where)) - 1)
+        back_R = lengths_Q[row_R] - 1 - position_R
+        step_Q = np.maximum(end_Q - begin_ms, total_Q) / np.maximum(total_Q, 1)
+        return pa.array((end_Q[row_R] - np.ceil(back_R * step_Q[row_R])).astype(np.int64))
 
     def _with_users(self, impressions: pa.Table) -> pa.Table:
         keys, features = self._users
@@ -219,11 +231,11 @@ class KuairandDataset:
 
 
 def _counts() -> list[Feature]:
-    """Exposures, long views and their rate over a day, three days and the whole past."""
+    """Exposures, long views and their rate over a day, three days, a week and the whole past."""
     features: list[Feature] = []
-    for ending, hours in (("24h", 24), ("72h", 72), ("all", None)):
-        features.append(CountFeature(name=f"exposures_{ending}", window_hours=hours))
-        features.append(CountFeature(name=f"long_views_{ending}", label="long_view", window_hours=hours))
+    for ending, hours in (("24h", 24), ("72h", 72), ("168h", 168), ("all", None)):
+        features.append(CountFeature(name=f"exposures_{ending}", window_hours=hours, relative=True))
+        features.append(CountFeature(name=f"long_views_{ending}", label="long_view", window_hours=hours, relative=True))
         features.append(CountFeature(name=f"long_view_rate_{ending}", label="long_view", window_hours=hours, rate=True))
     return features
 

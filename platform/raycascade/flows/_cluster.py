@@ -57,7 +57,7 @@ def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
 
 
 def gather(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
-    """`function(element)` for every element as Ray tasks; any Python objects. A user's errors come back as themselves."""
+    """`function(element)` for each element as Ray tasks; any Python objects. A user's errors come back as they are."""
     import ray
     from ray.exceptions import RayTaskError
 

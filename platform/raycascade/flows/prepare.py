@@ -24,7 +24,7 @@ from raycascade.features import FeatureState, fold, require_columns, to_keys
 from raycascade.fitting import FitPart, required_columns
 from raycascade.flows._cluster import each
 from raycascade.schema import FeatureSchema
-from raycascade.shards import publish, write_part
+from raycascade.shards import by_day, publish, write_part
 
 NOW = "\x00now"  # request id of the synthetic request that carries a user's state at the end of the training log
 ENCODE_ROWS = 4096
@@ -209,7 +209,9 @@ class Encode:
                 users = requests.filter(is_state).drop_columns(["candidates", *state.schema.labels])
                 held["users"].append(state.encode_requests(users, where="users", strict=False))
         counts = {}
+        offset = state.schema.utc_offset_hours
         for name, tables in held.items():
+            days = by_day(pa.concat_tables(tables), utc_offset_hours=offset) if tables else iter(())
             folder = "users" if name == "users" else f"requests/{name}"
             part = storage.join(self.plan.target, folder, f"part-{partition:05d}.parquet")
             counts[name] = write_part(part, iter(tables))

@@ -71,7 +71,11 @@ def start(uri: str, *, mode: str, host: str, port: int, name: str = APP, route_p
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     assert port, "the port of the Serve that is running already"
-    serve.run(app, name=name, route_prefix=route_prefix)
+    try:
+        serve.run(app, name=name, route_prefix=route_prefix)
+    except BaseException:
+        stop(name)
+        raise
     return f"http://{host}:{port}{route_prefix}".rstrip("/")
 
 

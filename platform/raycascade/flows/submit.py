@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ def submit_job(url: str, argv: Sequence[str]) -> int:
     asyncio.run(_follow(client, job))
     status = client.get_job_status(job)
     if status != JobStatus.SUCCEEDED:
-        message = (client.get_job_info(job).message or "").strip().splitlines() or ["no message"]
-        sys.stderr.write(f"raycascade: job {job} {status.lower()}: {message[0]}\n")
+        message = (client.get_job_info(job).message or "no message").partition(", last available logs")[0]
+        sys.stderr.write(f"raycascade: job {job} {status.lower()}: {' '.join(message.split())}\n")
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
@@ -67,6 +68,7 @@ def _client(url: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every file that does not travel
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--submit {url}: expected the URL of a Ray dashboard, such as http://127.0.0.1:8265")
     try:

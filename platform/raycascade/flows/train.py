@@ -54,7 +54,7 @@ def _summary(progress: Progress) -> dict[str, Any]:
 def _identity(config: Config, shards: Shards) -> dict[str, Any]:
     """What must not change between the start of a run and its continuation: its position would mean something else."""
     tree = config.model_dump(mode="json")
-    train = {f"train.{name}": tree["train"][name] for name in ("batch_size", "workers", "seed", "negatives")}
+    train = {f"train.{name}": tree["train"][name] for name in ("batch_size", "workers", "seed", "order", "negatives")}
     return {"shards": shards.folder, **{name: tree[name] for name in ("stages", "loss", "lists")}, **train}
 
 
@@ -115,12 +115,12 @@ def _worker(options: dict[str, Any]) -> None:
     context = ray.train.get_context()
     if ray.get(options["board"].read_failure.remote()):
         return
+    place = Place(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
     try:
-        device = str(ray.train.torch.get_device())
-        _train_here(options, Place(context.get_world_rank(), context.get_world_size(), device))
+        _train_here(options, place)
     except RaycascadeError as error:
         ray.get(options["board"].fail.remote(type(error).__name__, str(error)))
-        if context.get_world_size() > 1:
+        if place.world_size > 1:
             raise  # the others wait for this worker's gradients: only the end of the group frees them
 
 

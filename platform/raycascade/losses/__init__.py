@@ -18,6 +18,18 @@ class LossOutput:
     parts: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class SharedNegatives:
+    """Catalogue items that every request of a batch holds against its positives, without being on its list.
+
+    `log_q_S`: log of the probability with which each was sampled, None for a whole catalogue.
+    """
+
+    scores_QS: Tensor
+    mask_QS: Tensor
+    log_q_S: Tensor | None = None
+
+
 class CascadeLoss(Protocol):
     """Scores of every stage (insertion order = cascade order, first = retriever) on the same lists -> one loss."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raycascade.batch import Targets
 from raycascade.errors import ConfigError, DataError
-from raycascade.losses import LossOutput
+from raycascade.losses import LossOutput, SharedNegatives
 from raycascade.plugins import PluginConfig
 from raycascade.schema import near_miss
 from raycascade.truth import top_k_membership
@@ -33,6 +33,7 @@ class ScoredLists:
     mask_QC: Tensor
     length_Q: Tensor
     dtype: torch.dtype
+    shared: SharedNegatives | None = None
 
     @property
     def k(self) -> int:
@@ -87,7 +88,9 @@ class Objective(nn.Module, ABC):
         """Whether the best K by relevance is needed, and so `targets.k`."""
         return True
 
-    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> LossOutput:
+    def forward(
+        self, scores: Mapping[str, Tensor], targets: Targets, shared: SharedNegatives | None = None
+    ) -> LossOutput:
         """Raw logits [Q, C] of every stage -> total with graph, and its parts detached."""
         self._check(scores, targets)
         mask_QC = targets.mask_QC
@@ -95,7 +98,7 @@ class Objective(nn.Module, ABC):
             wide = any(s.dtype == torch.float64 for s in scores.values())
             dtype = torch.float64 if wide else torch.float32
             clean = {name: torch.where(mask_QC, s.to(dtype), 0.0) for name, s in scores.items()}
-            output = self.compute(ScoredLists(clean, targets, mask_QC, mask_QC.sum(dim=1), dtype))
+            output = self.compute(ScoredLists(clean, targets, mask_QC, mask_QC.sum(dim=1), dtype, shared))
         return LossOutput(output.total, {name: part.detach() for name, part in output.parts.items()})
 
     def quotas(self, chosen: tuple[int, ...] | None, lists: ScoredLists) -> tuple[int, ...]:

@@ -23,8 +23,9 @@ class ListwiseSoftmax(Objective):
     negative, summed over the stages. log_q is the log of a candidate's sampling probability (Yi et al., RecSys 2019).
     Works for any depth, one included. Parts: `softmax/<stage>`.
 
-    `over` says what the trainer puts on the list besides the logged candidates: nothing, `num_sampled` catalogue
-    items drawn by `sample_from`, or the whole catalogue. The loss itself sees a list in all three cases.
+    `over` says what the trainer holds against the positives besides the logged list: nothing, `num_sampled` catalogue
+    items drawn by `sample_from`, or the whole catalogue (`SharedNegatives`). `negatives: unobserved` leaves out the
+    candidates whose label was observed to be negative: an item that was shown is no fair example of what was not.
     """
 
     min_stages = 1
@@ -35,6 +36,7 @@ class ListwiseSoftmax(Objective):
         label: str | None = None
         temperature: float = Option(default=1.0, gt=0)
         correction: float = Option(default=1.0, ge=0)
+        negatives: Literal["all", "unobserved"] = "all"
         over: Literal["list", "sampled", "catalogue"] = "list"
         num_sampled: int = Option(default=1024, ge=1)
         sample_from: Literal["uniform", "popularity"] = "popularity"
@@ -51,7 +53,10 @@ class ListwiseSoftmax(Objective):
         """See the class."""
         weight_QC = self._weights(lists)
         negative_QC = lists.mask_QC & (weight_QC == 0)
-        defined_Q = (weight_QC > 0).any(dim=1) & negative_QC.any(dim=1)
+        if self.config.negatives == "unobserved" and self.config.label is not None:
+            negative_QC = negative_QC & torch.isnan(lists.label_QC(self.config.label))
+        shared_Q = self._shared(lists)
+        defined_Q = (weight_QC > 0).any(dim=1) & (negative_QC.any(dim=1) | (shared_Q > LOG_ZERO))
         correction_QC = 0.0
         if lists.targets.log_q_QC is not None and self.config.correction > 0:
             log_q_QC = torch.where(lists.mask_QC, lists.targets.log_q_QC.to(lists.dtype), 0.0)
@@ -59,13 +64,25 @@ class ListwiseSoftmax(Objective):
         parts: dict[str, Tensor] = {}
         for stage, scores_QC in lists.scores.items():
             logit_QC = scores_QC / self.config.temperature - correction_QC
-            against_Q = torch.where(negative_QC, logit_QC, LOG_ZERO).logsumexp(dim=1)
+            against_Q = torch.where(negative_QC, logit_QC, LOG_ZERO).logsumexp(dim=1).logaddexp(shared_Q)
             against_Q = torch.where(defined_Q, against_Q, 0.0)
             # blanked before the product: a weight of 0 must not meet an overflow
             loss_QC = torch.where(weight_QC > 0, functional.softplus(against_Q[:, None] - logit_QC), 0.0)
             mean_Q = (weight_QC * loss_QC).sum(dim=1) / torch.where(defined_Q, weight_QC.sum(dim=1), 1.0)
             parts[f"softmax/{stage}"] = request_mean(mean_Q, defined_Q)
         return LossOutput(torch.stack(list(parts.values())).sum(), parts)
+
+    def _shared(self, lists: ScoredLists) -> Tensor:
+        """Log of the summed weights of the shared negatives, LOG_ZERO where there are none."""
+        shared = lists.shared
+        if shared is None:
+            return torch.full_like(lists.length_Q, LOG_ZERO, dtype=lists.dtype)
+        logit_QS = shared.scores_QS.to(lists.dtype)
+        if self.config.temperature != 1.0:
+            logit_QS = logit_QS / self.config.temperature
+        if shared.log_q_S is not None and self.config.correction > 0:
+            logit_QS = logit_QS - self.config.correction * shared.log_q_S.to(lists.dtype)
+        return logit_QS.masked_fill(~shared.mask_QS, LOG_ZERO).logsumexp(dim=1)
 
     def _weights(self, lists: ScoredLists) -> Tensor:
         if self.config.label is None:

@@ -38,3 +38,7 @@ class TowerModel(StageModel, Protocol):
     def embed_items(self, item: Mapping[str, Tensor]) -> Tensor:
         """items_ND from item-side fields [N, ...] (`ItemTable.fields`)."""
         ...
+
+    def to_logits(self, products: Tensor) -> Tensor:
+        """The scores that belong to products of user and item vectors: a rising function, the same for all items."""
+        ...

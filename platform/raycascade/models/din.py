@@ -93,6 +93,7 @@ class Din(TorchModel):
         attention_hidden: tuple[int, ...] = Option(default=(36,), min_length=1)
         attention_activation: ActivationName = "prelu"
         normalise: Literal["none", "softmax"] = "none"
+        products: bool = False  # also feeds v * pooled to the MLP
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
@@ -102,7 +103,9 @@ class Din(TorchModel):
         width = self.inputs.history_width
         self.attention = InterestAttention(width, self.inputs.event_width, config.attention_hidden,
                                            activation=config.attention_activation, normalise=config.normalise)
-        self.mlp = SplitMLP(self.inputs.request_width(history=False), width + self.inputs.candidate_width,
+        self.products = config.products
+        pooled = width * (2 if config.products else 1)
+        self.mlp = SplitMLP(self.inputs.request_width(history=False), pooled + self.inputs.candidate_width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
                             dropout=config.dropout)
 
@@ -119,8 +122,10 @@ class Din(TorchModel):
     def score_candidates(self, state: DinState, batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
         candidates_QCD = self.inputs.candidate_matrix(batch)
-        weights_QCL = self.attention(state, self.inputs.as_event(candidates_QCD), batch.mask_QC)
-        pooled_QCD = weights_QCL @ state.events_QLD
+        target_QCD = self.inputs.as_event(candidates_QCD)
+        pooled_QCD = self.attention(state, target_QCD, batch.mask_QC) @ state.events_QLD
+        if self.products:
+            pooled_QCD = torch.cat([pooled_QCD, pooled_QCD * target_QCD], -1)
         return self.mlp(state.request_QH, torch.cat([pooled_QCD, candidates_QCD], -1), batch.mask_QC)
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:

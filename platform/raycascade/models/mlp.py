@@ -1,9 +1,11 @@
 """mlp: a multi-layer perceptron over the request's and the candidate's features."""
 
+import torch
 from pydantic import Field as Option
 from torch import Tensor
 
 from raycascade.batch import Batch
+from raycascade.models._history import GroupedHistory
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import ActivationName, NormName, SplitMLP
 from raycascade.models._model import TorchModel
@@ -14,23 +16,40 @@ class Mlp(TorchModel):
     """z = MLP([x_u; x_c]); the history enters x_u as the mean of each of its columns."""
 
     class Config(InputOptions):
-        """`hidden`: widths of the hidden layers; [400, 400, 400] is the size of published comparisons."""
+        """`hidden`: widths of the hidden layers; [400, 400, 400] is the size of published comparisons.
+
+        `interest`: also feeds the products of the candidate's item vector with the history's, pooled per value of the
+        event field `history_by` (`GroupedHistory`): what a tower computes, as an input."""
 
         hidden: tuple[int, ...] = (64, 32)
         activation: ActivationName = "relu"
         norm: NormName = "none"
         dropout: float = Option(default=0.0, ge=0, lt=1)
+        interest: bool = False
+        history_by: str | None = None
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.inputs = FieldInputs(config, space, model="mlp")
-        self.mlp = SplitMLP(self.inputs.request_width(history=True), self.inputs.candidate_width, config.hidden,
-                            num_tasks, activation=config.activation, norm=config.norm, dropout=config.dropout)
+        self.pools = GroupedHistory(self.inputs, space, config.history_by) if config.interest else None
+        pooled = self.pools.width if self.pools else 0
+        self.mlp = SplitMLP(self.inputs.request_width(history=self.pools is None) + pooled,
+                            self.inputs.candidate_width + pooled, config.hidden, num_tasks,
+                            activation=config.activation, norm=config.norm, dropout=config.dropout)
 
-    def encode_request(self, batch: Batch) -> Tensor:
-        """The request's share of the first layer [Q, H]."""
-        return self.mlp.of_request(self.inputs.request_matrix(batch, history=True))
+    def encode_request(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The request's share of the first layer [Q, H], and the pooled histories [Q, G, d_h]."""
+        if self.pools is None:
+            return self.mlp.of_request(self.inputs.request_matrix(batch, history=True)), None
+        pools_QGD = self.pools(batch)
+        own_QD = self.inputs.request_matrix(batch, history=False)
+        return self.mlp.of_request(torch.cat([own_QD, pools_QGD.flatten(1)], -1)), pools_QGD
 
-    def score_candidates(self, state: Tensor, batch: Batch) -> Tensor:
+    def score_candidates(self, state: tuple[Tensor, Tensor | None], batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
-        return self.mlp(state, self.inputs.candidate_matrix(batch), batch.mask_QC)
+        request_QH, pools_QGD = state
+        x_QCD = self.inputs.candidate_matrix(batch)
+        if pools_QGD is not None:
+            products_QCGD = self.inputs.as_event(x_QCD)[:, :, None] * pools_QGD[:, None]
+            x_QCD = torch.cat([x_QCD, products_QCGD.flatten(2)], -1)
+        return self.mlp(request_QH, x_QCD, batch.mask_QC)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raycascade.batch import Batch
 from raycascade.errors import ConfigError
+from raycascade.models._history import GroupedHistory
 from raycascade.models._inputs import FieldInputs, InputOptions, embedding_table
 from raycascade.models._layers import MLP, ActivationName, NormName, masked_softmax
 from raycascade.models._model import TorchModel
@@ -26,18 +27,22 @@ class TwoTower(TorchModel):
     """
 
     class Config(InputOptions):
-        """`vector_dim`: width of u and v. `temperature`: 1 / exp(g) at first (None: 0.1 for cosine, 1 for dot).
-        `user_history`: how the history enters the user's tower. `item_bias`: adds a learned scalar per item id to the
-        score. `index_task`: the task whose order an index reproduces."""
+        """`vector_dim`: width of u and v. `item_hidden`: hidden layers of the item tower, None for the same as the
+        user's; none at all leaves v linear in the item's embeddings. `temperature`: 1 / exp(g) at first
+        (None: 0.1 for cosine, 1 for dot). `user_history`: how the history enters the user's tower; recency: one mean per value of the event field
+        `history_by`, weighted by learned factors of recency (`GroupedHistory`). `item_bias`: adds a learned scalar
+        per item id to the score. `index_task`: the task whose order an index reproduces."""
 
         hidden: tuple[int, ...] = (64,)
+        item_hidden: tuple[int, ...] | None = None
         vector_dim: int = Option(default=32, ge=1)
         activation: ActivationName = "relu"
         norm: NormName = "none"
         dropout: float = Option(default=0.0, ge=0, lt=1)
         similarity: Literal["cosine", "dot"] = "cosine"
         temperature: float | None = Option(default=None, gt=0)
-        user_history: Literal["mean", "attention"] = "mean"
+        user_history: Literal["mean", "attention", "recency"] = "mean"
+        history_by: str | None = None
         item_bias: bool = False
         index_task: int = Option(default=0, ge=0)
 
@@ -46,11 +51,15 @@ class TwoTower(TorchModel):
         _refuse_what_towers_cannot_use(config, space, num_tasks)
         self.config, self.num_tasks = config, num_tasks
         self.inputs = FieldInputs(config, space, model="two_tower")
-        width = self.inputs.request_width(history=True)
+        self.pools = None
+        if config.user_history == "recency":
+            self.pools = GroupedHistory(self.inputs, space, config.history_by)
+        width = self.inputs.request_width(history=self.pools is None) + (self.pools.width + 1 if self.pools else 0)
         if not width:
             raise ConfigError("two_tower: no feature of the user is left; exclude fewer features from the stage")
-        self.user_tower = self._tower(width, num_tasks * config.vector_dim)
-        self.item_tower = self._tower(self.inputs.candidate_width, config.vector_dim)
+        item_hidden = config.hidden if config.item_hidden is None else config.item_hidden
+        self.user_tower = self._tower(width, config.hidden, num_tasks * config.vector_dim)
+        self.item_tower = self._tower(self.inputs.candidate_width, item_hidden, config.vector_dim)
         events = self.inputs.history_width + self.inputs.event_width
         self.history_query = (
             nn.Parameter(torch.randn(events) * events**-0.5) if config.user_history == "attention" else None)
@@ -59,9 +68,9 @@ class TwoTower(TorchModel):
         self.bias = nn.Parameter(torch.zeros(num_tasks))
         self.item_bias = embedding_table(space["item_id"].num_rows, num_tasks, std=0.0) if config.item_bias else None
 
-    def _tower(self, width: int, out: int) -> MLP:
+    def _tower(self, width: int, hidden: tuple[int, ...], out: int) -> MLP:
         config = self.config
-        return MLP(width, config.hidden, out, activation=config.activation, norm=config.norm, dropout=config.dropout)
+        return MLP(width, hidden, out, activation=config.activation, norm=config.norm, dropout=config.dropout)
 
     def first_order(self) -> tuple[nn.Module, ...]:
         """The items' biases."""
@@ -70,7 +79,11 @@ class TwoTower(TorchModel):
     # ---- the two halves
     def encode_request(self, batch: Batch) -> Tensor:
         """users_QTD, without scale and bias."""
-        if self.history_query is None:
+        if self.pools is not None:
+            length_Q1 = batch.history_mask_QL.sum(1, keepdim=True).float().log1p()
+            own_QD = self.inputs.request_matrix(batch, history=False)
+            x_QD = torch.cat([own_QD, self.pools(batch).flatten(1), length_Q1], -1)
+        elif self.history_query is None:
             x_QD = self.inputs.request_matrix(batch, history=True)
         else:
             own_QD = self.inputs.request_matrix(batch, history=False)
@@ -117,6 +130,11 @@ class TwoTower(TorchModel):
         if self.item_bias is None:
             return items_ND
         return torch.cat([items_ND, self.item_bias(item["item_id"])[:, task : task + 1] / self.scale[task]], -1)
+
+    def to_logits(self, products: Tensor) -> Tensor:
+        """Scores from users_QD @ items_ND.T."""
+        task = self.config.index_task
+        return self.scale[task] * products + self.bias[task]
 
     def score_items(self, state: Tensor, item: Mapping[str, Tensor]) -> Tensor:
         """scores_QN of task `index_task`: every request of `encode_request` against one list of items [N, ...]."""

@@ -1,1 +1,1 @@
-"""Answering requests: the door for raw requests, the stages and the gateway as plain classes; flows/ runs them on Ray."""
+"""Answering requests: the door for raw requests, the stages and the gateway; plain classes that flows/ runs on Ray."""

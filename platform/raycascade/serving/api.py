@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from raycascade import __version__
 from raycascade.errors import RaycascadeError
 from raycascade.serving.gateway import Answer, Gateway
-from raycascade.serving.requests import Query
+from raycascade.serving.requests import Event, Query
 
 logger = logging.getLogger(__name__)
 MORE = {404: "the interface is described at /openapi.json", 405: "the interface is described at /openapi.json"}
@@ -80,15 +80,32 @@ def _explain_errors(api: FastAPI) -> None:
 
 def describe(error: RequestValidationError) -> str:
     """The first problem of a body: where, what, what was seen."""
-    first, *others = error.errors()
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    problems = [(*_place(error.body, problem["loc"][1:]), problem) for problem in error.errors()]
+    where, seen, first = problems[0]
+    others = len({place for place, _, _ in problems} - {where})
     if first["type"] == "json_invalid":
-        text = f"body: not valid JSON ({first.get('ctx', {}).get('error', first['msg'])}); send a JSON object"
+        text = f"body: not valid JSON ({first['ctx']['error']}); send a JSON object"
     elif first["type"] == "missing":
-        text = f"{where}: missing; add it"
+        text = f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: missing; add it"
     elif first["type"] == "extra_forbidden":
-        text = f"{where}: unknown field; known: {', '.join(Query.model_fields)}"
+        known = Event.model_fields if where.startswith("history.") else Query.model_fields
+        text = f"{where}: unknown field; known: {', '.join(known)}"
     else:
-        seen = repr(first.get("input"))
-        text = f"{where}: {first['msg']}, got {seen if len(seen) <= 80 else seen[:80] + '...'}"
-    return text + (f" (and {len(others)} more)" if others else "")
+        # A value that may be of several types has one problem for each of them.
+        wanted = dict.fromkeys(problem["msg"].removeprefix("Input should be ") for place, _, problem in problems
+                               if place == where)
+        shown = repr(seen)
+        text = f"{where}: expected {' or '.join(wanted)}, got {shown if len(shown) <= 80 else shown[:80] + '...'}"
+    return text + (f" (and {others} more)" if others else "")
+
+
+def _place(body: Any, path: tuple[Any, ...]) -> tuple[str, Any]:
+    """Where in the body a problem lies, and the value there; names of types in the path are left out."""
+    kept: list[str] = []
+    for part in path:
+        inside = (isinstance(body, dict) and part in body) or (
+            isinstance(body, list) and isinstance(part, int) and part < len(body))
+        if inside:
+            kept.append(str(part))
+            body = body[part]
+    return ".".join(kept) or "body", body

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field as Option, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field as Option,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+)
 
 from raycascade.bundle import Bundle
 from raycascade.errors import DataError
@@ -40,6 +49,14 @@ class Event(BaseModel):
     features: dict[str, Value] = {}
 
 
+def _as_event(value: Any) -> Any:
+    """A bare id is an event of which nothing else is known."""
+    return value if isinstance(value, dict | Event) else {"item_id": value}
+
+
+Past = Annotated[Event, BeforeValidator(_as_event, json_schema_input_type=Id | Event)]
+
+
 class Query(BaseModel):
     """One request for recommendations. What it does not say comes from the bundle's users table."""
 
@@ -49,7 +66,7 @@ class Query(BaseModel):
     exclude: Annotated[list[Id], Option(max_length=MOST_ITEMS)] = []  # item ids
     context: dict[str, Value] = {}
     features: dict[str, Value] = {}  # of the user
-    history: Annotated[list[Id | Event], Option(max_length=MOST_ITEMS)] | None = None  # oldest first
+    history: Annotated[list[Past], Option(max_length=MOST_ITEMS)] | None = None  # oldest first; bare ids will do
     time_ms: Annotated[StrictInt, Option(ge=0, lt=1 << 53)] | None = None
     trace: StrictBool = False
 
@@ -98,9 +115,8 @@ def _whole(value: Any) -> int | None:
     return None
 
 
-def _history(events: "list[int | str | Event]", bundle: Bundle) -> dict[str, pa.Array]:
+def _history(past: list[Event], bundle: Bundle) -> dict[str, pa.Array]:
     """`history`, `history_time_ms` and a column per event feature that any event brings."""
-    past = [event if isinstance(event, Event) else Event(item_id=event) for event in events]
     keys = bundle.items.keys.type
     columns = {"history": pa.array([ids_as([event.item_id for event in past], keys)], pa.list_(keys))}
     if any(event.time_ms is not None for event in past):

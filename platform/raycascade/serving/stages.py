@@ -48,7 +48,8 @@ class StageServer:
             outcome = cascade.retrieve(batch, self.bundle.index)
         else:
             rows_QK = before.rows_QK.astype(np.int64)
-            seen = StageOutcome("before", rows_QK.shape[1], rows_QK, before.scores_QK, rows_QK != PADDING)
+            scores_QK = before.scores_QK.copy()  # what came from another process is read-only
+            seen = StageOutcome("before", rows_QK.shape[1], rows_QK, scores_QK, rows_QK != PADDING)
             outcome = cascade.narrow(self.name, self._keep, batch, seen, self.bundle.items)
         rows_QK, mask_QK = outcome.kept()
         return Survivors(np.where(mask_QK, rows_QK, PADDING).astype(np.int32), outcome.scores_QC[:, :self._keep])

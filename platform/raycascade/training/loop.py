@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed
 
@@ -13,6 +14,7 @@ from raycascade.batch import Batch, collate
 from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError
+from raycascade.ragged import Ragged
 from raycascade.shards import ShardReader, Shards
 from raycascade.training import checkpoint
 from raycascade.training.checkpoint import Best, Progress
@@ -68,7 +70,7 @@ class Run:
             raise ConfigError(f"train.batch_size {train.batch_size} must be a multiple of the {place.world_size} "
                               "workers")
         return ShardReader(self.shards, split, train.batch_size // place.world_size, seed=train.seed, rank=place.rank,
-                           world_size=place.world_size)
+                           world_size=place.world_size, in_time=train.order == "time")
 
 
 def fit(run: Run, progress: Progress, report: Report) -> Progress:
@@ -82,7 +84,9 @@ def fit(run: Run, progress: Progress, report: Report) -> Progress:
         steps = reader.num_steps(progress.epoch)
         started, before = time.monotonic(), progress.seconds
         for batch, rng in _prefetched(run, reader, progress.epoch, progress.step, rank=run.place.rank):
-            _train_step(run, batch, rng, progress, record=progress.step % max(1, steps // CURVE_POINTS) == 0)
+            scales = lr_scales(run.config, progress.total_steps, progress.epoch + progress.step / steps)
+            record = progress.step % max(1, steps // CURVE_POINTS) == 0
+            _train_step(run, batch, rng, progress, scales=scales, record=record)
             progress.step += 1
             progress.total_steps += 1
             progress.seconds = before + time.monotonic() - started
@@ -99,6 +103,15 @@ def fit(run: Run, progress: Progress, report: Report) -> Progress:
     return progress
 
 
+def lr_scales(config: Config, step: int, epochs_done: float) -> dict[str, float]:
+    """Each stage's factor on the learning rates: a linear warm-up, then a linear way down to `final_lr` at the end of
+    its own epochs."""
+    warm = min(1.0, (step + 1) / (config.train.warmup_steps + 1))
+    fall = 1.0 - config.train.final_lr
+    return {stage.name: warm * (1.0 - fall * min(1.0, epochs_done / (stage.epochs or config.train.epochs)))
+            for stage in config.stages}
+
+
 def _saver(run: Run, progress: Progress) -> Save:
     return lambda folder: checkpoint.save(folder, run.cascade, run.objective, run.optimisers, progress, best=run.best)
 
@@ -109,10 +122,12 @@ def _prefetched(
     """Batches made one ahead in a thread, with the step's own random generator."""
     k, quotas, negatives = run.config.lists.k, run.cascade.quotas, run.config.train.negatives
 
-    def make(step: int, rows: object) -> tuple[Batch, np.random.Generator]:
+    positive = run.shards.state.schema.positive if run.config.train.positives_only else ""
+
+    def make(step: int, rows: pa.Table) -> tuple[Batch, np.random.Generator]:
         rng = np.random.default_rng([run.config.train.seed, epoch, step, rank])
-        batch = collate(rows, run.shards.items, keep=quotas, k=k)  # type: ignore[arg-type]
-        if negatives.per_request:
+        batch = collate(with_label(rows, positive) if positive else rows, run.shards.items, keep=quotas, k=k)
+        if negatives.per_request and negatives.source != "retriever":
             batch = with_negatives(batch, run.catalogue, count=negatives.per_request, source=negatives.source, rng=rng)
         return batch.to(run.place.device), rng
 
@@ -127,19 +142,30 @@ def _prefetched(
             yield ahead.result()
 
 
-def _train_step(run: Run, batch: Batch, rng: np.random.Generator, progress: Progress, *, record: bool) -> None:
+def with_label(rows: pa.Table, label: str) -> pa.Table:
+    """The requests with a candidate that has the label; the first request where none has, so that no batch is empty."""
+    lists = Ragged.from_arrow(rows[label])
+    owner = np.repeat(np.arange(len(rows)), lists.lengths_Q)
+    found = np.bincount(owner[lists.values.to_numpy(zero_copy_only=False) > 0.5], minlength=len(rows)) > 0
+    return rows.filter(pa.array(found)) if found.any() else rows.slice(0, 1)
+
+
+def _train_step(
+    run: Run, batch: Batch, rng: np.random.Generator, progress: Progress, *, scales: dict[str, float], record: bool
+) -> None:
     torch.manual_seed(int(rng.integers(1 << 62)))
     run.cascade.train()
     run.optimisers.zero()
+    active = tuple(s.name for s in run.config.stages if s.epochs is None or progress.epoch < s.epochs)
     on_gpu = run.place.device != "cpu"
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and run.config.train.bf16):
-        output = run.objective(run.cascade, batch, run.catalogue, rng)
+        output = run.objective(run.cascade, batch, run.catalogue, rng, active=active)
     if not finite(output):
         parts = {name: float(value) for name, value in output.parts.items()}
         raise ConfigError(f"the loss is not finite at step {progress.total_steps} ({parts}); "
                           "lower train.lr or the temperature")
     output.total.backward()
-    run.optimisers.step()
+    run.optimisers.step(lr_scales=scales)
     progress.rows += int(batch.targets.mask_QC.sum()) * run.place.world_size if batch.targets else 0
     if record:
         for name, value in {"loss": output.total.detach(), **output.parts}.items():

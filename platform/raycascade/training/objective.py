@@ -1,7 +1,7 @@
 """From a batch to one number: the joint loss of the cascade, plus the own losses of the stages that name one."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError
 from raycascade.losses import LossOutput
-from raycascade.training.sampling import Catalogue, shared_list
+from raycascade.training.sampling import Catalogue, shared_items, with_retrieved
 
 
 @dataclass(frozen=True)
@@ -36,57 +36,80 @@ class Objective(nn.Module):
         joint = tuple(name for name in cascade.names if name not in own)
         specs = [((name,), spec, f"stage {name!r}: loss") for name, spec in own.items()]
         specs += [(joint, config.loss, "loss")] if joint else []
+        self.negatives = config.train.negatives
         self.terms: list[Term] = []
         self.losses = nn.ModuleList()
         for names, spec, where in specs:
             plugin, options = plugins.options("losses", spec, where)
             loss = plugin(options, names)
-            if _catalogue_of(loss) and not all(hasattr(cascade.models[name], "score_items") for name in names):
-                raise ConfigError(f"{where}: over {loss.config.over!r} needs a model with item vectors, such as two_tower"
-                                  "; use over: list with train.negatives for other models")
+            if _catalogue_of(loss) and (names != cascade.names[:1] or not hasattr(cascade.retriever, "score_items")):
+                raise ConfigError(f"{where}: over {loss.config.over!r} is for the first stage and a model with item "
+                                  "vectors, such as two_tower; use over: list with train.negatives for other stages")
             self.losses.append(loss)
             self.terms.append(Term(loss, names, tuple(quotas[name] for name in names)))
+        if self.negatives.source == "retriever" and not self._catalogue_loss(cascade):
+            raise ConfigError("train.negatives.source retriever: the first stage must have a loss of its own over the "
+                              "catalogue, such as {name: softmax, over: catalogue}")
 
-    def forward(self, cascade: Cascade, batch: Batch, catalogue: Catalogue, rng: np.random.Generator) -> LossOutput:
-        """The total and its parts for one batch. Scores are float32 from here on, whatever autocast made of them."""
+    def _catalogue_loss(self, cascade: Cascade) -> nn.Module | None:
+        return next((t.loss for t in self.terms if t.names == cascade.names[:1] and _catalogue_of(t.loss)), None)
+
+    def forward(
+        self, cascade: Cascade, batch: Batch, catalogue: Catalogue, rng: np.random.Generator, *,
+        active: tuple[str, ...] | None = None,
+    ) -> LossOutput:
+        """The total and its parts for one batch. Scores are float32 from here on, whatever autocast made of them.
+
+        Stages that are not `active` (default: all are) are left out, and losses that need them.
+        """
         assert batch.targets is not None, "training needs logged candidates"
-        scores, parts, states = {}, {}, {}
-        total: Tensor | None = None
-        shared = {term.names[0] for term in self.terms if _catalogue_of(term.loss)}
-        for name in cascade.names:
-            if name in shared:  # the user side serves the logged list and the catalogue
-                tower: Any = cascade.models[name]
-                states[name] = tower.encode_request(batch)
-                scores[name] = tower.score_candidates(states[name], batch)[:, :, 0].float()
-                continue
-            logits_QCT, auxiliary = cascade.model(name).train_outputs(batch)
-            scores[name] = logits_QCT[:, :, 0].float()
-            for part, value in auxiliary.items():
-                parts[f"{part}/{name}"] = value.detach()
-                total = value.float() if total is None else total + value.float()
-        for term in self.terms:
-            output = self._term(term, scores, states, cascade, batch, catalogue, rng)
-            total = output.total if total is None else total + output.total
+        active = cascade.names if active is None else active
+        terms, outputs = [term for term in self.terms if set(term.names) <= set(active)], []
+        scores: dict[str, Tensor] = {}
+        auxiliary: dict[str, Tensor] = {}
+        later, before_QC = batch, None
+        if (loss := self._catalogue_loss(cascade)) is not None and cascade.names[0] in active:
+            output, later, before_QC = self._retrieval(loss, cascade, batch, catalogue, rng, alone=len(active) == 1)
+            outputs.append(output)
+            terms = [term for term in terms if term.loss is not loss]
+        needed = [name for name in cascade.names if any(name in term.names for term in terms)]
+        last = cascade.names.index(needed[-1]) + 1 if needed else 0
+        for name in cascade.names[1 if before_QC is not None else 0:last]:
+            logits_QCT, extra = cascade.model(name).train_outputs(later)
+            before_QC = scores[name] = cascade.with_prior(name, logits_QCT[:, :, 0].float(), before_QC)
+            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items()}
+        assert later.targets is not None
+        for term in terms:
+            targets = replace(later.targets, keep=term.quotas)
+            outputs.append(term.loss({name: scores[name] for name in term.names}, targets))
+        total = torch.stack([*(output.total for output in outputs), *auxiliary.values()]).sum()
+        parts = {name: value.detach() for name, value in auxiliary.items()}
+        for output in outputs:
             parts |= output.parts
-        assert total is not None
         return LossOutput(total, parts)
 
-    def _term(
-        self, term: Term, scores: dict[str, Tensor], states: dict[str, Tensor], cascade: Cascade, batch: Batch,
-        catalogue: Catalogue, rng: np.random.Generator,
-    ) -> LossOutput:
+    def _retrieval(
+        self, loss: nn.Module, cascade: Cascade, batch: Batch, catalogue: Catalogue, rng: np.random.Generator, *,
+        alone: bool,
+    ) -> tuple[LossOutput, Batch, Tensor]:
+        """The first stage against the catalogue; the batch that the later stages get, and the first one's scores on it.
+
+        The user side is computed once for the logged list and the catalogue.
+        """
         assert batch.targets is not None
-        targets = replace(batch.targets, keep=term.quotas)
-        if over := _catalogue_of(term.loss):
-            config: Any = term.loss.config
-            assert len(term.names) == 1, "a catalogue loss belongs to one stage"
-            name = term.names[0]
-            tower: Any = cascade.models[name]
-            extended, targets = shared_list(
-                batch, scores[name], lambda item: tower.score_items(states[name], item).float(), catalogue,
-                num_sampled=config.num_sampled if over == "sampled" else None, source=config.sample_from, rng=rng)
-            return term.loss({name: extended}, replace(targets, keep=term.quotas))
-        return term.loss({name: scores[name] for name in term.names}, targets)
+        name, config, tower = cascade.names[0], cast(Any, loss).config, cast(Any, cascade.retriever)
+        state = tower.encode_request(batch)
+        scores_QC = tower.score_candidates(state, batch)[:, :, 0].float()
+        shared = shared_items(batch, lambda item: tower.score_items(state, item).float(), catalogue,
+                              num_sampled=config.num_sampled if config.over == "sampled" else None,
+                              source=config.sample_from, rng=rng)
+        targets = replace(batch.targets, keep=cascade.quotas[:1], log_q_QC=shared.log_q_QC)
+        output = loss({name: scores_QC}, targets, shared.negatives)
+        if self.negatives.source != "retriever" or alone:
+            return output, batch, scores_QC
+        later, before_QC = with_retrieved(batch, scores_QC, shared, catalogue, count=self.negatives.per_request,
+                                          keeps=(cascade.keeps[0], cascade.keeps[1]), rng=rng)
+        return output, later, before_QC
 
 
 def _catalogue_of(loss: nn.Module) -> str:

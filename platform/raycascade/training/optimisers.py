@@ -1,6 +1,6 @@
 """Optimisers and gradients: sparse rows for embeddings, AdamW for the rest, clipping per stage, means over workers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -17,34 +17,44 @@ class Optimisers:
     """
 
     def __init__(self, cascade: Cascade, objective: nn.Module, train: Train) -> None:
-        self.stages = {name: [p for p in model.parameters() if p.requires_grad]
-                       for name, model in cascade.models.items()}
-        sparse = [m.weight for m in cascade.modules() if isinstance(m, nn.Embedding) and m.sparse]
-        in_tables = {id(p) for p in sparse}
-        dense = [p for p in cascade.parameters() if id(p) not in in_tables and p.requires_grad]
+        own = {name: list(model.parameters()) for name, model in cascade.models.items()}
+        for name, scale in cascade.prior_scales.items():
+            own[name].append(scale)
+        self.stages = {name: [p for p in parameters if p.requires_grad] for name, parameters in own.items()}
+        in_tables = {id(m.weight) for m in cascade.modules() if isinstance(m, nn.Embedding) and m.sparse}
         extra = [p for p in objective.parameters() if p.requires_grad]
-        self.tables: list[Tensor] = sparse
-        self.dense: list[nn.Parameter] = [*dense, *extra]
+        sparse = {name: [p for p in parameters if id(p) in in_tables] for name, parameters in self.stages.items()}
+        dense = {name: [p for p in parameters if id(p) not in in_tables] for name, parameters in self.stages.items()}
+        self.tables: list[nn.Parameter] = [p for parameters in sparse.values() for p in parameters]
+        self.dense: list[nn.Parameter] = [*(p for parameters in dense.values() for p in parameters), *extra]
         self.clip = train.clip
+        tables = [{"params": ps, "stage": name} for name, ps in sparse.items() if ps]
+        groups = [{"params": ps, "stage": name, "weight_decay": train.weight_decay} for name, ps in dense.items() if ps]
+        groups += [{"params": extra, "stage": "", "weight_decay": 0.0}] if extra else []
         self._all: list[torch.optim.Optimizer] = []
-        if sparse:
-            self._all.append(torch.optim.SparseAdam(sparse, lr=train.embedding_lr or train.lr))
-        groups = [{"params": dense, "weight_decay": train.weight_decay}, {"params": extra, "weight_decay": 0.0}]
-        if groups := [group for group in groups if group["params"]]:
+        if tables:
+            self._all.append(torch.optim.SparseAdam(tables, lr=train.embedding_lr or train.lr))
+        if groups:
             self._all.append(torch.optim.AdamW(groups, lr=train.lr))
+        self._rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in self._all]
 
     def zero(self) -> None:
         """Forgets the gradients."""
         for parameter in (*self.tables, *self.dense):
             parameter.grad = None
 
-    def step(self) -> None:
-        """Averages over workers, clips each stage, updates."""
+    def step(self, *, lr_scales: Mapping[str, float] | None = None) -> None:
+        """Averages over workers, clips each stage, updates with the config's learning rates times the stage's scale."""
         average_gradients(self.tables, self.dense)
+        for table in self.tables:
+            if table.grad is not None:
+                table.grad = table.grad.coalesce()  # once: clipping and the update would each do it again
         if self.clip is not None:
             for parameters in self.stages.values():
                 clip_norm(parameters, self.clip)
-        for optimiser in self._all:
+        for optimiser, rates in zip(self._all, self._rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * (lr_scales or {}).get(group["stage"], 1.0)
             optimiser.step()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from raycascade.batch import Batch, Targets
 from raycascade.items import ItemTable
+from raycascade.losses import SharedNegatives
 from raycascade.schema import FIRST_ROW
 
 
@@ -42,36 +43,110 @@ class Catalogue:
         return np.minimum(drawn, self.items.num_items - 1) + FIRST_ROW
 
 
-def shared_list(
-    batch: Batch, scores_QC: Tensor, score_items: Callable[[Mapping[str, Tensor]], Tensor], catalogue: Catalogue, *,
-    num_sampled: int | None, source: str, rng: np.random.Generator,
-) -> tuple[Tensor, Targets]:
-    """The batch's lists extended by items shared by all its requests: the whole catalogue (`num_sampled` None), or a
-    sample without the doubles. Returns scores [Q, C+S] and targets; a request's own candidates are masked out of S.
+@dataclass(frozen=True)
+class SharedItems:
+    """Catalogue items scored for every request of a batch. Of each request, its own candidates and what it excludes
+    are masked; `log_q_QC` belongs to the logged candidates."""
 
-    log_q is the log of the chance that the sample holds an item, for the popularity correction; 0 for the catalogue.
+    rows_S: np.ndarray
+    negatives: SharedNegatives
+    log_q_QC: Tensor | None
+
+
+def shared_items(
+    batch: Batch, score_items: Callable[[Mapping[str, Tensor]], Tensor], catalogue: Catalogue, *,
+    num_sampled: int | None, source: str, rng: np.random.Generator,
+) -> SharedItems:
+    """The whole catalogue (`num_sampled` None), or a sample without the doubles, as negatives of all requests.
+
+    log_q is the log of the chance that the sample holds an item, for the popularity correction.
     """
-    assert batch.targets is not None
     rows_S = catalogue.items.all_rows
     if num_sampled is not None:
         rows_S = np.unique(catalogue.draw((num_sampled,), source, rng))
+    device = batch.candidates_QC.device
     fields = catalogue.items.fields(rows_S, int(batch.time_ms_Q.median()))
-    device = scores_QC.device
-    shared_QS = score_items({name: value.to(device) for name, value in fields.items()})
-    candidates_QC = batch.candidates_QC.cpu().numpy()
-    at_QC = np.minimum(np.searchsorted(rows_S, candidates_QC), len(rows_S) - 1)
-    hit_QC = (rows_S[at_QC] == candidates_QC) & batch.mask_QC.cpu().numpy()
-    mask_QS = np.ones((len(candidates_QC), len(rows_S)), bool)
-    request_QC = np.broadcast_to(np.arange(len(candidates_QC))[:, None], at_QC.shape)
-    mask_QS[request_QC[hit_QC], at_QC[hit_QC]] = False
-    log_q = None
+    scores_QS = score_items({name: value.to(device) for name, value in fields.items()})
+    mask_QS = np.ones((batch.num_requests, len(rows_S)), bool)
+    candidates_QC, own_QC = batch.candidates_QC.cpu().numpy(), batch.mask_QC.cpu().numpy()
+    _forbid(mask_QS, rows_S, np.nonzero(own_QC)[0], candidates_QC[own_QC])
+    if batch.exclude:
+        owner_E = np.repeat(np.arange(len(batch.exclude)), [len(rows) for rows in batch.exclude])
+        _forbid(mask_QS, rows_S, owner_E, np.concatenate(batch.exclude))
+    log_q_QC = log_q_S = None
     if num_sampled is not None:
-        listed_QC, shared_S = (_log_inclusion(catalogue.probability(rows, source), num_sampled)
-                               for rows in (candidates_QC, rows_S))
-        joined = np.concatenate([listed_QC, np.broadcast_to(shared_S, mask_QS.shape)], axis=1)
-        log_q = torch.from_numpy(joined).float().to(device)
-    targets = extended(batch.targets, torch.from_numpy(mask_QS).to(device), log_q)
-    return torch.cat([scores_QC, shared_QS], dim=1), targets
+        log_q_QC, log_q_S = (
+            torch.from_numpy(_log_inclusion(catalogue.probability(rows, source), num_sampled)).float().to(device)
+            for rows in (candidates_QC, rows_S))
+    return SharedItems(rows_S, SharedNegatives(scores_QS, torch.from_numpy(mask_QS).to(device), log_q_S), log_q_QC)
+
+
+def _forbid(mask_QS: np.ndarray, rows_S: np.ndarray, request_E: np.ndarray, rows_E: np.ndarray) -> None:
+    """Clears the mask at (request, row) for the rows that are among the sorted `rows_S`."""
+    at_E = np.minimum(np.searchsorted(rows_S, rows_E), len(rows_S) - 1)
+    hit_E = rows_S[at_E] == rows_E
+    mask_QS[request_E[hit_E], at_E[hit_E]] = False
+
+
+def with_retrieved(
+    batch: Batch, scores_QC: Tensor, shared: SharedItems, catalogue: Catalogue, *, count: int, keeps: tuple[int, int],
+    rng: np.random.Generator,
+) -> tuple[Batch, Tensor]:
+    """The batch as the later stages meet it: `count` items that the first stage retrieves now stand behind each list,
+    half drawn from its best keeps[0], half from its best keeps[1]; logged candidates that it would not retrieve are
+    masked, because the later stages would never see them, and requests that lose every positive are left out.
+
+    Returns the batch and the first stage's scores on the new lists. log_q is the log of the chance of a candidate at its
+    place in the first stage's order.
+    """
+    assert batch.targets is not None
+    best, place_QC = _retrieved(scores_QC, shared, keeps[0])
+    wide, narrow = best.values.shape[1], min(keeps[1], best.values.shape[1])
+    within_QC = batch.mask_QC & (place_QC < wide)
+    label_QC = batch.targets.labels.get(catalogue.items.state.schema.positive, torch.ones_like(scores_QC))
+    chosen_Q = (within_QC & (label_QC > 0.5)).any(1)
+    batch = replace(batch, targets=replace(batch.targets, mask_QC=within_QC, log_q_QC=None)).take(chosen_Q)
+    batch, (scores_QC, place_QC) = _compacted(batch, (scores_QC.detach()[chosen_Q], place_QC[chosen_Q]))
+    assert batch.targets is not None
+    within_QC = batch.targets.mask_QC
+    half = count // 2
+    drawn = [rng.integers(0, size, (len(scores_QC), n)) for size, n in ((wide, count - half), (narrow, half))]
+    places_QM = torch.from_numpy(np.concatenate(drawn, 1)).to(scores_QC.device)
+    drawn_QM = best.values[chosen_Q].gather(1, places_QM)
+    rows_QM = torch.from_numpy(shared.rows_S).to(scores_QC.device)[best.indices[chosen_Q].gather(1, places_QM)]
+    fresh_QM = torch.isfinite(drawn_QM)
+    places = torch.cat([place_QC, places_QM], 1)
+    log_q = torch.log(count * ((1 - half / count) / wide + (places < narrow) * (half / count) / narrow))
+    widened = batch.with_candidates(torch.cat([batch.candidates_QC, rows_QM], 1).cpu(),
+                                    torch.cat([within_QC, fresh_QM], 1).cpu(), catalogue.items).to(scores_QC.device)
+    return (replace(widened, targets=extended(batch.targets, fresh_QM, log_q)),
+            torch.cat([scores_QC, drawn_QM.masked_fill(~fresh_QM, 0.0)], 1))
+
+
+def _compacted(batch: Batch, others: tuple[Tensor, ...]) -> tuple[Batch, tuple[Tensor, ...]]:
+    """The unmasked candidates moved to the front and the columns behind the longest list cut off, everywhere alike.
+
+    The item fields are left as they are: the caller gathers them anew.
+    """
+    targets = batch.targets
+    assert targets is not None
+    width = int(targets.mask_QC.sum(1).max()) if len(targets.mask_QC) else 0
+    order_QC = (~targets.mask_QC).int().argsort(dim=1, stable=True)[:, :width]
+
+    def moved(values_QC: Tensor) -> Tensor:
+        return values_QC.gather(1, order_QC)
+
+    compact = replace(targets, relevance_QC=moved(targets.relevance_QC), reached_QC=moved(targets.reached_QC),
+                      mask_QC=moved(targets.mask_QC), labels={n: moved(label) for n, label in targets.labels.items()})
+    batch = replace(batch, candidates_QC=moved(batch.candidates_QC), mask_QC=compact.mask_QC, targets=compact)
+    return batch, tuple(moved(other) for other in others)
+
+
+def _retrieved(scores_QC: Tensor, shared: SharedItems, keep: int) -> tuple[torch.return_types.topk, Tensor]:
+    """The best `keep` shared items of each request, and the place of each logged candidate among them."""
+    masked_QS = shared.negatives.scores_QS.detach().masked_fill(~shared.negatives.mask_QS, -torch.inf)
+    best = masked_QS.topk(min(keep, masked_QS.shape[1]), dim=1)
+    return best, torch.searchsorted(-best.values, -scores_QC.detach())
 
 
 def _log_inclusion(probability: np.ndarray, draws: int) -> np.ndarray:
