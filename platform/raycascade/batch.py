@@ -77,11 +77,27 @@ class Batch:
         """The requests where `chosen_Q` (bool) is true."""
         places = chosen_Q.nonzero()[:, 0]
         taken = self._map(lambda tensor: tensor[places])
-        ids, exclude = ([values[int(i)] for i in places.cpu()] if values else () for values in (self.request_ids, self.exclude))
+        ids, exclude = ([values[int(i)] for i in places.cpu()] if values else ()
+                        for values in (self.request_ids, self.exclude))
         return replace(taken, request_ids=tuple(ids), exclude=tuple(exclude))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(self, **{name: _mapped(value, change) for name, value in vars(self).items()})
+
+    def newest_events(self, num_events: int) -> "Batch":
+        """The same requests with the newest `num_events` of their histories."""
+        width = self.history_mask_QL.shape[1]
+        if width <= num_events:
+            return self
+        length_Q1 = self.history_mask_QL.sum(1, keepdim=True)
+        places_QL = (length_Q1 - num_events).clamp(min=0) + torch.arange(num_events, device=length_Q1.device)
+
+        def cut(values: Tensor) -> Tensor:
+            places = places_QL.reshape(*places_QL.shape, *[1] * (values.ndim - 2))
+            return values.gather(1, places.expand(-1, -1, *values.shape[2:]))
+
+        return replace(self, history={name: cut(values) for name, values in self.history.items()},
+                       history_mask_QL=cut(self.history_mask_QL), history_rows_QL=cut(self.history_rows_QL))
 
     def with_candidates(self, rows_QC: Tensor, mask_QC: Tensor, items: ItemTable) -> "Batch":
         """The same requests over other candidates (the survivors of a stage). There are no targets for them."""

@@ -31,7 +31,6 @@ from raycascade.ragged import Ragged
 
 FORMAT_VERSION = 1
 MUTABLE = ("manifest.json", "report.html")  # written after the rest, so not under its hashes
-PRIOR_SCALE = "prior_scale"  # among a stage's weights where the stage has a prior
 SERVED_COLUMNS = ("request_id", "user_key", "time_ms")
 
 
@@ -180,10 +179,7 @@ def save_bundle(
     _write_parquet(storage.join(uri, "items/items.parquet"), encoded_items)
     _write_parquet(storage.join(uri, "users/users.parquet"), users)
     for name in cascade.names:
-        own = cascade.models[name].state_dict()
-        if name in cascade.prior_scales:
-            own = {**own, PRIOR_SCALE: cascade.prior_scales[name]}
-        weights = {key: value.detach().cpu().contiguous() for key, value in own.items()}
+        weights = {key: value.detach().cpu().contiguous() for key, value in cascade.stage_state(name).items()}
         storage.write_bytes(storage.join(uri, "stages", name, "weights.safetensors"), safetensors.torch.save(weights))
     build_index(config, cascade.eval(), items).save(storage.join(uri, "index"))
     storage.write_json(storage.join(uri, "metrics.json"), metrics)
@@ -241,10 +237,8 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
     for name in cascade.names:
         weights = safetensors.torch.load(storage.read_bytes(storage.join(uri, "stages", name, "weights.safetensors")))
         try:
-            if name in cascade.prior_scales:
-                cascade.prior_scales[name].data.copy_(weights.pop(PRIOR_SCALE))
             cascade.load_stage_state(name, weights)
-        except (RuntimeError, KeyError) as error:
+        except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise BundleError(f"{uri}/stages/{name}/weights.safetensors: they do not fit the config ({reason}); "
                               "train again") from None

@@ -64,11 +64,12 @@ class Counters:
 
     def volume(self, time_ms: "np.ndarray | np.integer | int", name: str, window_ms: int | None = None) -> np.ndarray:
         """Events of `name` over all items, in the same buckets as `as_of`."""
-        bucket = np.clip((np.asarray(time_ms) - self.start_ms) // self.bucket_ms, 0, self.span - 1)
-        totals = self._volumes[:, self.names.index(name)]
+        bucket = (np.asarray(time_ms) - self.start_ms) // self.bucket_ms
+        totals, last = self._volumes[:, self.names.index(name)], self.span - 1
+        seen = totals[np.clip(bucket, 0, last)]
         if window_ms is None:
-            return totals[bucket]
-        return totals[bucket] - totals[np.maximum(bucket - max(1, window_ms // self.bucket_ms), 0)]
+            return seen
+        return seen - totals[np.clip(bucket - max(1, window_ms // self.bucket_ms), 0, last)]
 
     @cached_property
     def _volumes(self) -> np.ndarray:

@@ -71,8 +71,8 @@ class ItemTable:
 
     def ids_of(self, rows: np.ndarray) -> list[object]:
         """Raw ids of item rows; None for padding and unknown."""
-        positions = pa.array(np.asarray(rows).reshape(-1) - FIRST_ROW, mask=np.asarray(rows).reshape(-1) < FIRST_ROW)
-        return self.keys.take(positions).to_pylist()
+        flat = np.asarray(rows, np.int64).reshape(-1)
+        return self.keys.take(pa.array(flat - FIRST_ROW, mask=flat < FIRST_ROW)).to_pylist()
 
     def fields(self, rows: "np.ndarray | Tensor", time_ms: "np.ndarray | int", *, names: "tuple[str, ...] | None" = None
                ) -> dict[str, Tensor]:

@@ -126,7 +126,10 @@ class Shards:
 
     @cached_property
     def state(self) -> FeatureState:
-        """The fitted features."""
+        """The fitted features; ShardError if one of their files has changed."""
+        for name, facts in self.manifest["files"].items():
+            if name.startswith("features/") and storage.sha256(storage.join(self.folder, name)) != facts["sha256"]:
+                raise ShardError(f"{self.folder}/{name}: changed since it was written; run prepare again")
         return FeatureState.load(storage.join(self.folder, "features"))
 
     @cached_property

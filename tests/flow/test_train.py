@@ -32,7 +32,7 @@ from tests.tiny_shards import train_config, write_shards
 
 pytestmark = pytest.mark.ray
 
-EPOCHS, CHECKPOINT_STEPS, DEATH = 4, 8, 20
+EPOCHS, CHECKPOINT_STEPS, DEATH = 3, 8, 20
 WAIT_S = 150.0  # for a test that would hang; a driver on a busy machine takes a minute to start its Ray
 Worker = Callable[[dict[str, Any]], None]
 
@@ -230,7 +230,7 @@ def test_evaluation_on_ray_is_the_evaluation_in_the_process(one: dict[str, Any])
     assert found["metrics"] == pytest.approx(evaluator.measured.metrics(), abs=1e-6)
     for name, figures in evaluator.measured.baselines().items():
         assert found["baselines"][name] == pytest.approx(figures, abs=1e-9)
-    assert Path(found["report"]).read_text().startswith("<!doctype html>")
+    assert Path(found["report"]).read_text().startswith("<!DOCTYPE html>")
     assert {"loss", "rows", "rows_per_s", "train_seconds"} <= one.keys()
 
 

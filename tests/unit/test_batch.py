@@ -103,7 +103,9 @@ def test_request_fields_are_those_of_the_encoded_rows(batch: Batch, requests: pa
     assert batch.num_requests == len(requests)
 
 
-def test_histories_hold_the_newest_events_left_aligned_with_their_ages(batch: Batch, requests: pa.Table, items: ItemTable):
+def test_histories_hold_the_newest_events_left_aligned_with_their_ages(
+    batch: Batch, requests: pa.Table, items: ItemTable
+):
     most = min(10, max(len(row) for row in requests["history"].to_pylist()))
     assert batch.history_mask_QL.shape[1] == most
     for q, row in enumerate(requests.to_pylist()):
@@ -114,8 +116,8 @@ def test_histories_hold_the_newest_events_left_aligned_with_their_ages(batch: Ba
         assert batch.history_rows_QL[q, length:].tolist() == rest
         ages = [2 + min(31, math.floor(math.log2(1 + (row["time_ms"] - time) / 1000))) for time in times]
         assert batch.history["event_age"][q].tolist() == ages + rest
-        assert batch.history["action"][q].tolist() == rows_of(items.state, "action", pa.array(actions, pa.string()).to_pylist()
-                                                              or ["none"])[:length] + rest
+        acted = rows_of(items.state, "action", actions or ["none"])[:length]
+        assert batch.history["action"][q].tolist() == acted + rest
         authors = rows_of(items.state, "author", [RAW_ITEMS[one]["author"] for one in past] or ["none"])[:length]
         assert batch.history["author"][q].tolist() == authors + rest
 
@@ -170,7 +172,8 @@ def test_counts_are_those_of_earlier_days_of_the_log(name: str, batch: Batch, re
     def counted(item: int, time_ms: int, label: str | None) -> float:
         today = time_ms // DAY_MS
         first = 0 if feature.window_hours is None else today - feature.window_hours // 24
-        return float(sum(1 if label is None else other[label][c] for other in rows if first <= other["time_ms"] // DAY_MS < today
+        earlier = [other for other in rows if first <= other["time_ms"] // DAY_MS < today]
+        return float(sum(1 if label is None else other[label][c] for other in earlier
                          for c, shown in enumerate(other["candidates"]) if shown == item))
 
     total = sum(len(row["candidates"]) for row in rows)
@@ -272,7 +275,8 @@ def test_relevance_is_reached_then_rank(batch: Batch, requests: pa.Table):
     assert torch.equal(batch.targets.mask_QC, batch.mask_QC)
     for q, row in enumerate(requests.to_pylist()):
         width = len(row["candidates"])
-        expected = [level + (1 / (1 + rank) if rank else 0) for level, rank in zip(row["reached"], row["rank"], strict=True)]
+        both = zip(row["reached"], row["rank"], strict=True)
+        expected = [level + (1 / (1 + rank) if rank else 0) for level, rank in both]
         np.testing.assert_allclose(batch.targets.relevance_QC[q, :width].numpy(), expected, atol=1e-6)
         assert batch.targets.reached_QC[q].tolist() == row["reached"] + [0] * (6 - width)
         assert batch.targets.labels["click"][q, :width].tolist() == row["click"]
@@ -316,7 +320,8 @@ def same_tensors(one: Batch, other: Batch, *, but: tuple[str, ...] = ()) -> None
 
 def test_other_candidates_give_the_batch_that_collate_makes_of_them(batch: Batch, requests: pa.Table, items: ItemTable):
     draw = np.random.default_rng(3)
-    drawn = [[tiny_world.item_id(p) for p in draw.choice(120, n, replace=False)] for n in draw.integers(0, 9, len(requests))]
+    lengths = draw.integers(0, 9, len(requests))
+    drawn = [[tiny_world.item_id(p) for p in draw.choice(120, n, replace=False)] for n in lengths]
     raw = requests.select(["request_id", "user_id", "time_ms", "city", "income", "device", "history", "history_time_ms",
                            "history_action"]).append_column("candidates", pa.array(drawn, pa.list_(pa.int64())))
     expected = collate(items.state.encode_requests(raw, where="log", strict=False), items)
@@ -324,7 +329,7 @@ def test_other_candidates_give_the_batch_that_collate_makes_of_them(batch: Batch
     other = batch.with_candidates(expected.candidates_QC, expected.mask_QC, items)
     same_tensors(other, expected)
     assert other.targets is None
-    assert all(torch.equal(batch.item[name], tensor) for name, tensor in before.items()), "the first batch is left alone"
+    assert all(torch.equal(batch.item[name], tensor) for name, tensor in before.items()), "the batch itself changed"
 
 
 def test_rows_behind_the_mask_do_not_matter(batch: Batch, items: ItemTable):
@@ -332,7 +337,9 @@ def test_rows_behind_the_mask_do_not_matter(batch: Batch, items: ItemTable):
     same_tensors(batch.with_candidates(junk, batch.mask_QC, items), batch)
 
 
-def test_a_request_collated_alone_has_the_tensors_it_has_among_others(batch: Batch, requests: pa.Table, items: ItemTable):
+def test_a_request_collated_alone_has_the_tensors_it_has_among_others(
+    batch: Batch, requests: pa.Table, items: ItemTable
+):
     for q in (0, 5, 17):
         alone = collate(items.state.encode_requests(requests.slice(q, 1), where="log"), items)
         width, length = alone.mask_QC.shape[1], alone.history_mask_QL.shape[1]

@@ -64,19 +64,19 @@ def test_rank_is_the_loop_over_stages_that_anyone_would_write(
             assert rows_QC[q][mask_QC[q]].tolist() == expected
 
 
-def catalogue_scores(bundle: Bundle, batch: Batch, name: str) -> np.ndarray:
-    """Every request against every item, by the stage's forward pass over the whole catalogue as candidates."""
+def catalogue_scores(bundle: Bundle, batch: Batch) -> dict[str, np.ndarray]:
+    """Every request against every item, by the forward pass of all stages with the whole catalogue as candidates."""
     rows_N = torch.from_numpy(bundle.items.all_rows)
     everything = batch.with_candidates(rows_N.expand(batch.num_requests, -1),
                                        torch.ones(batch.num_requests, len(rows_N), dtype=torch.bool), bundle.items)
     with torch.no_grad():
-        return bundle.cascade.score(name, everything).numpy()
+        return {name: scores_QN.numpy() for name, scores_QN in bundle.cascade(everything).items()}
 
 
 def test_recommend_is_brute_force_over_the_whole_catalogue(bundle: Bundle, bare: Batch):
     # item vectors stand for the end of the training log: requests of that moment can be held against the forward pass
     bare = replace(bare, time_ms_Q=torch.full_like(bare.time_ms_Q, bundle.state.as_of_ms))
-    scores = {name: catalogue_scores(bundle, bare, name) for name in bundle.cascade.names}
+    scores = catalogue_scores(bundle, bare)
     ranking = bundle.cascade.recommend(bare, bundle.index, bundle.items)
     for q in range(bare.num_requests):
         left = [n for n in range(bundle.items.num_items) if n + 2 not in bare.exclude[q]]
@@ -138,7 +138,7 @@ def test_exclusions_are_dropped_in_place_and_the_order_of_the_others_stays():
 def test_ties_keep_the_order_of_the_stage_before(bundle: Bundle, bare: Batch, monkeypatch: pytest.MonkeyPatch):
     before = bundle.cascade.retrieve(bare, bundle.index)
     monkeypatch.setattr(bundle.cascade, "score", lambda name, batch: (batch.candidates_QC % 2).float())
-    after = bundle.cascade.narrow("ranker", 5, bare, before, bundle.items)
+    after = bundle.cascade.narrow("pre_ranker", 5, bare, before, bundle.items)  # no prior, so no score of the retriever
     for seen, sorted_rows in zip(before.rows_QC, after.rows_QC, strict=True):
         assert sorted_rows.tolist() == [row for row in seen if row % 2] + [row for row in seen if row % 2 == 0]
 

@@ -10,7 +10,16 @@ import pytest
 
 from raycascade.errors import DataError
 from raycascade.features import (
-    DenseStats, FeatureState, Vocabulary, clock_rows, dense_column, fold, hash_rows, mix, normalise, to_keys,
+    DenseStats,
+    FeatureState,
+    Vocabulary,
+    clock_rows,
+    dense_column,
+    fold,
+    hash_rows,
+    mix,
+    normalise,
+    to_keys,
 )
 from raycascade.fitting import FitPart
 from raycascade.items import age_rows
@@ -282,7 +291,8 @@ def changed(table: pa.Table, name: str, values: object) -> pa.Table:
     ("click", [[1]], "'click' has 1 values for 2 of 'candidates' in row 0; lists must be parallel"),
     ("click", [[1, 2]], "label 'click' must be 0 or 1"),
     ("history_action", [["click"]], "'history_action' has 1 values for 2 of 'history' in row 0"),
-    ("reached", [[1, 300]], "'reached' does not fit int8"), ("reached", [[1, None]], "'reached' is null for 1 candidates"),
+    ("reached", [[1, 300]], "'reached' does not fit int8"),
+    ("reached", [[1, None]], "'reached' is null for 1 candidates"),
     ("rank", [["a", "b"]], "'rank' does not fit int16"), ("relevance", [[None, 0.5]], "'relevance' is null"),
 ])
 def test_a_request_that_contradicts_itself_is_refused_in_one_line(name: str, values: list, expected: str):

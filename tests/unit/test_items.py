@@ -28,6 +28,7 @@ def test_rows_and_raw_ids_are_each_others_inverse(items: ItemTable):
     assert raw == tiny_world.raw_items()["item_id"].to_pylist()
     assert items.state.item_ids.lookup(pa.array(raw)).tolist() == items.all_rows.tolist()
     assert items.ids_of(np.array([[0, 1], [2, 3]])) == [None, None, tiny_world.item_id(0), tiny_world.item_id(1)]
+    assert items.ids_of(np.array([])) == []
 
 
 def test_padding_is_zero_and_an_unknown_item_has_unknown_values(items: ItemTable):

@@ -42,7 +42,9 @@ ITEMS = pa.table({"item_id": np.arange(NUM_ITEMS) * 3 + 100, "author": np.arange
                   "born_ms": START_MS - np.arange(NUM_ITEMS) * DAY_MS})
 
 
-def impressions(seed: int, *, num_rows: int = 600, first_ms: int = START_MS, last_ms: int = START_MS + 6 * DAY_MS) -> pa.Table:
+def impressions(
+    seed: int, *, num_rows: int = 600, first_ms: int = START_MS, last_ms: int = START_MS + 6 * DAY_MS
+) -> pa.Table:
     """Rows of eight users; requests of one user hold a few rows of nearly the same time."""
     draw = np.random.default_rng(seed)
     user = draw.integers(0, 8, num_rows)
@@ -51,7 +53,8 @@ def impressions(seed: int, *, num_rows: int = 600, first_ms: int = START_MS, las
     return pa.table({
         "request_id": [f"{u}-{m}" for u, m in zip(user, moment, strict=True)], "user_id": user, "time_ms": time,
         "item_id": draw.integers(0, NUM_ITEMS, num_rows) * 3 + 100, "user": user, "mood": draw.normal(size=num_rows),
-        "score": draw.normal(size=num_rows), "click": draw.integers(0, 2, num_rows), "watched": draw.integers(0, 3, num_rows),
+        "score": draw.normal(size=num_rows), "click": draw.integers(0, 2, num_rows),
+        "watched": draw.integers(0, 3, num_rows),
     })
 
 
@@ -151,7 +154,8 @@ def test_the_outcome_of_a_request_never_enters_its_own_features(seed: int):
     for position in np.random.default_rng(seed).choice(len(requests), 12, replace=False):
         mine = requests.slice(int(position), 1)
         own = pc.equal(log["request_id"], mine["request_id"][0].as_py())
-        flipped = log.set_column(log.column_names.index("click"), "click", pc.if_else(own, pc.subtract(1, log["click"]), log["click"]))
+        other_click = pc.if_else(own, pc.subtract(1, log["click"]), log["click"])
+        flipped = log.set_column(log.column_names.index("click"), "click", other_click)
         flipped = flipped.set_column(log.column_names.index("watched"), "watched", pc.if_else(own, 9, log["watched"]))
         again = requests_of(flipped).slice(int(position), 1)
         assert again["click"].to_pylist() != mine["click"].to_pylist()

@@ -185,7 +185,8 @@ def test_the_manifest_names_every_file_with_size_and_digest(shards: Shards):
 
 
 # ---------------------------------------------------------------- damage
-@pytest.mark.parametrize("name", ["requests/train/part-00000.parquet", "items/part-00000.parquet", "features/state.json"])
+@pytest.mark.parametrize("name", [
+    "requests/train/part-00000.parquet", "items/part-00000.parquet", "features/state.json"])
 def test_a_truncated_or_missing_file_is_named_when_the_shards_are_opened(shards: Shards, tmp_path: Path, name: str):
     file = Path(shards.folder) / name
     content = file.read_bytes()
@@ -213,3 +214,11 @@ def test_a_file_whose_bytes_changed_is_refused_when_it_is_read(shards: Shards, t
     with pytest.raises(ShardError, match=f"{name}: cannot be read .*; run prepare again") as caught:
         opened.read_group(name, 0) if name.startswith("requests") else opened.table("items")
     assert "\n" not in str(caught.value)
+
+
+def test_a_fitted_state_with_one_changed_byte_is_refused(shards: Shards, tmp_path: Path):
+    file = Path(shards.folder) / "features" / "state.json"
+    file.write_bytes(file.read_bytes().replace(b"1", b"2", 1))
+    opened = Shards.open(str(tmp_path))
+    with pytest.raises(ShardError, match=r"features/state\.json: changed since it was written; run prepare again"):
+        _ = opened.state

@@ -50,7 +50,7 @@ def test_content_that_cannot_be_json_leaves_the_old_file(tmp_path: Path):
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(DataError, match="nothing.json: no such file; check the path"):
+    with pytest.raises(DataError, match=r"nothing\.json: no such file; check the path"):
         storage.read_json(str(tmp_path / "nothing.json"))
 
 

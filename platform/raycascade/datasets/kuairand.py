@@ -11,7 +11,8 @@ Requests are a user's days in China (UTC+8), because the log has no request ids.
 Times of the initial history are not in its file. They are estimated: the user's `history_len` exposures spread evenly
 from `sequences_from` to `last_time_ms`, the listed ones being the last. Their order is the true one, and all lie before
 the log begins; hours, ages and daily counts of that time are approximate. Their `long_view` is "the video is in
-`long_watch_seq`", which is ambiguous where a user was shown a video twice. Feedback that the file does not tell is null.
+`long_watch_seq`", which is ambiguous where a user was shown a video twice. Feedback that the file does not tell is
+null.
 """
 
 import datetime as dt

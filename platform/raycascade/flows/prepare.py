@@ -214,7 +214,7 @@ class Encode:
             days = by_day(pa.concat_tables(tables), utc_offset_hours=offset) if tables else iter(())
             folder = "users" if name == "users" else f"requests/{name}"
             part = storage.join(self.plan.target, folder, f"part-{partition:05d}.parquet")
-            counts[name] = write_part(part, iter(tables))
+            counts[name] = write_part(part, days)
         return counts
 
     def _requests(self, partition: int, dataset: Dataset, state: FeatureState) -> Iterator[pa.Table]:

@@ -20,6 +20,9 @@ class GroupedHistory(nn.Module):
 
     def __init__(self, inputs: FieldInputs, space: FeatureSpace, field: str | None) -> None:
         super().__init__()
+        if not inputs.history_width:
+            raise ConfigError("two_tower, mlp: pooling by recency needs a history of items; declare one, or leave out "
+                              "user_history: recency and interest")
         self.inputs, self.field, self.groups = [inputs], field, 1  # in a list: the inputs belong to the model
         if field is not None:
             known = {f.name: f for f in space.of("event") if f.form == "id"}
@@ -41,7 +44,8 @@ class GroupedHistory(nn.Module):
         """Pools [Q, G, d_h]."""
         events_QLD = self.inputs[0].history_matrix(batch)
         mask_QL = batch.history_mask_QL
-        age_QL = (mask_QL.sum(1, keepdim=True) - 1 - torch.arange(mask_QL.shape[1], device=mask_QL.device)).clamp(min=0)
+        age_QL = mask_QL.sum(1, keepdim=True) - mask_QL.cumsum(1)  # how many events came later
+        age_QL = age_QL.clamp(max=self.recency.shape[1] - 1)  # of masked events too, which weigh nothing
         weights_QGL = self.recency.exp()[:, age_QL].transpose(0, 1) * mask_QL[:, None]
         if self.field is not None:
             values = torch.arange(FIRST_ROW, FIRST_ROW + self.groups, device=mask_QL.device)

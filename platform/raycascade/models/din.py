@@ -94,6 +94,7 @@ class Din(TorchModel):
         attention_activation: ActivationName = "prelu"
         normalise: Literal["none", "softmax"] = "none"
         products: bool = False  # also feeds v * pooled to the MLP
+        max_events: int | None = Option(default=None, ge=1)  # reads the newest so many events only
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class Din(TorchModel):
         width = self.inputs.history_width
         self.attention = InterestAttention(width, self.inputs.event_width, config.attention_hidden,
                                            activation=config.attention_activation, normalise=config.normalise)
-        self.products = config.products
+        self.products, self.max_events = config.products, config.max_events
         pooled = width * (2 if config.products else 1)
         self.mlp = SplitMLP(self.inputs.request_width(history=False), pooled + self.inputs.candidate_width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
@@ -111,6 +112,8 @@ class Din(TorchModel):
 
     def encode_request(self, batch: Batch) -> DinState:
         """The request's share of both first layers, and the events."""
+        if self.max_events is not None:
+            batch = batch.newest_events(self.max_events)
         events_QLD = self.inputs.history_matrix(batch)
         return DinState(
             request_QH=self.mlp.of_request(self.inputs.request_matrix(batch, history=False)),

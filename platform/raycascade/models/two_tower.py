@@ -29,9 +29,10 @@ class TwoTower(TorchModel):
     class Config(InputOptions):
         """`vector_dim`: width of u and v. `item_hidden`: hidden layers of the item tower, None for the same as the
         user's; none at all leaves v linear in the item's embeddings. `temperature`: 1 / exp(g) at first
-        (None: 0.1 for cosine, 1 for dot). `user_history`: how the history enters the user's tower; recency: one mean per value of the event field
-        `history_by`, weighted by learned factors of recency (`GroupedHistory`). `item_bias`: adds a learned scalar
-        per item id to the score. `index_task`: the task whose order an index reproduces."""
+        (None: 0.1 for cosine, 1 for dot). `user_history`: how the history enters the user's tower; recency: one mean
+        per value of the event field `history_by`, weighted by learned factors of recency (`GroupedHistory`).
+        `item_bias`: adds a learned scalar per item id to the score. `index_task`: the task whose order an index
+        reproduces."""
 
         hidden: tuple[int, ...] = (64,)
         item_hidden: tuple[int, ...] | None = None

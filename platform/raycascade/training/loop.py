@@ -105,10 +105,12 @@ def fit(run: Run, progress: Progress, report: Report) -> Progress:
 
 def lr_scales(config: Config, step: int, epochs_done: float) -> dict[str, float]:
     """Each stage's factor on the learning rates: a linear warm-up, then a linear way down to `final_lr` at the end of
-    its own epochs."""
+    its own epochs, and 0 after them: momentum and weight decay would go on without a gradient."""
     warm = min(1.0, (step + 1) / (config.train.warmup_steps + 1))
     fall = 1.0 - config.train.final_lr
-    return {stage.name: warm * (1.0 - fall * min(1.0, epochs_done / (stage.epochs or config.train.epochs)))
+    ended = {stage.name for stage in config.stages if stage.epochs is not None and epochs_done >= stage.epochs}
+    return {stage.name: 0.0 if stage.name in ended else
+            warm * (1.0 - fall * min(1.0, epochs_done / (stage.epochs or config.train.epochs)))
             for stage in config.stages}
 
 
@@ -154,9 +156,10 @@ def _train_step(
     run: Run, batch: Batch, rng: np.random.Generator, progress: Progress, *, scales: dict[str, float], record: bool
 ) -> None:
     torch.manual_seed(int(rng.integers(1 << 62)))
-    run.cascade.train()
-    run.optimisers.zero()
     active = tuple(s.name for s in run.config.stages if s.epochs is None or progress.epoch < s.epochs)
+    for name, model in run.cascade.models.items():
+        model.train(name in active)  # a stage that has ended keeps its running statistics, too
+    run.optimisers.zero()
     on_gpu = run.place.device != "cpu"
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and run.config.train.bf16):
         output = run.objective(run.cascade, batch, run.catalogue, rng, active=active)

@@ -47,6 +47,8 @@ class Objective(nn.Module):
                                   "vectors, such as two_tower; use over: list with train.negatives for other stages")
             self.losses.append(loss)
             self.terms.append(Term(loss, names, tuple(quotas[name] for name in names)))
+        if self.negatives.source == "retriever" and not self.negatives.per_request:
+            raise ConfigError("train.negatives.source retriever: per_request is 0, so nothing would be drawn; set it")
         if self.negatives.source == "retriever" and not self._catalogue_loss(cascade):
             raise ConfigError("train.negatives.source retriever: the first stage must have a loss of its own over the "
                               "catalogue, such as {name: softmax, over: catalogue}")
@@ -68,16 +70,18 @@ class Objective(nn.Module):
         scores: dict[str, Tensor] = {}
         auxiliary: dict[str, Tensor] = {}
         later, before_QC = batch, None
-        if (loss := self._catalogue_loss(cascade)) is not None and cascade.names[0] in active:
-            output, later, before_QC = self._retrieval(loss, cascade, batch, catalogue, rng, alone=len(active) == 1)
-            outputs.append(output)
+        loss, first_learns = self._catalogue_loss(cascade), cascade.names[0] in active
+        if loss is not None and (first_learns or self.negatives.source == "retriever"):
+            alone = first_learns and len(active) == 1
+            output, later, before_QC = self._retrieval(loss, cascade, batch, catalogue, rng, alone=alone)
+            outputs += [output] if first_learns else []
             terms = [term for term in terms if term.loss is not loss]
         needed = [name for name in cascade.names if any(name in term.names for term in terms)]
         last = cascade.names.index(needed[-1]) + 1 if needed else 0
         for name in cascade.names[1 if before_QC is not None else 0:last]:
             logits_QCT, extra = cascade.model(name).train_outputs(later)
             before_QC = scores[name] = cascade.with_prior(name, logits_QCT[:, :, 0].float(), before_QC)
-            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items()}
+            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items() if name in active}
         assert later.targets is not None
         for term in terms:
             targets = replace(later.targets, keep=term.quotas)

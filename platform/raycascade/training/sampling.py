@@ -96,8 +96,8 @@ def with_retrieved(
     half drawn from its best keeps[0], half from its best keeps[1]; logged candidates that it would not retrieve are
     masked, because the later stages would never see them, and requests that lose every positive are left out.
 
-    Returns the batch and the first stage's scores on the new lists. log_q is the log of the chance of a candidate at its
-    place in the first stage's order.
+    Returns the batch and the first stage's scores on the new lists. log_q is the log of the chance of a candidate at
+    its place in the first stage's order.
     """
     assert batch.targets is not None
     best, place_QC = _retrieved(scores_QC, shared, keeps[0])
@@ -117,8 +117,9 @@ def with_retrieved(
     fresh_QM = torch.isfinite(drawn_QM)
     places = torch.cat([place_QC, places_QM], 1)
     log_q = torch.log(count * ((1 - half / count) / wide + (places < narrow) * (half / count) / narrow))
-    widened = batch.with_candidates(torch.cat([batch.candidates_QC, rows_QM], 1).cpu(),
-                                    torch.cat([within_QC, fresh_QM], 1).cpu(), catalogue.items).to(scores_QC.device)
+    widened = batch.to("cpu").with_candidates(
+        torch.cat([batch.candidates_QC, rows_QM], 1).cpu(), torch.cat([within_QC, fresh_QM], 1).cpu(), catalogue.items
+    ).to(scores_QC.device)
     return (replace(widened, targets=extended(batch.targets, fresh_QM, log_q)),
             torch.cat([scores_QC, drawn_QM.masked_fill(~fresh_QM, 0.0)], 1))
 
