@@ -197,6 +197,19 @@ def write_manifest(uri: str, *, fingerprint: str) -> None:
     })
 
 
+def remember_latest(bundles: str, uri: str) -> None:
+    """Notes the newest bundle of a folder, so that a config can stand for it on the command line."""
+    storage.write_json(storage.join(bundles, "latest.json"), {"bundle": uri})
+
+
+def latest(config: Config) -> str:
+    """The newest bundle that was trained into the config's `paths.bundles`; BundleError if there is none."""
+    note = storage.join(config.paths.bundles, "latest.json")
+    if not storage.exists(note):
+        raise BundleError(f"{config.paths.bundles}: no bundle was trained into this folder; run `raycascade train` first")
+    return storage.read_json(note)["bundle"]
+
+
 def verify(uri: str) -> dict[str, Any]:
     """The manifest, after every file was compared with its hash; BundleError says which file is wrong."""
     file = storage.join(uri, "manifest.json")

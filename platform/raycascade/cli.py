@@ -13,13 +13,15 @@ from typing import Annotated, Any
 import click
 import typer
 
-from raycascade.errors import RaycascadeError
+from raycascade.errors import ConfigError, RaycascadeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Train, evaluate, score and serve recommendation cascades as one system on Ray.")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config")]
-BundleUri = Annotated[str, typer.Argument(metavar="BUNDLE", help="the URI that `train` printed")]
+BundleUri = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="the URI that `train` printed, or a config: its newest bundle")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value ...]", help="overrides such as train.epochs=2")
 ]
@@ -108,6 +110,18 @@ def _verb(work: Callable[[], dict[str, Any]], *, as_json: bool, address: str | N
     _finish(work(), as_json=as_json)
 
 
+def _bundle(target: str, overrides: "list[str] | tuple[str, ...]" = ()) -> str:
+    """A bundle's URI as it is; for the path of a config, the newest bundle that was trained from it."""
+    from raycascade.bundle import latest
+    from raycascade.config import load_config
+
+    if target.endswith((".yaml", ".yml")):
+        return latest(load_config(target, overrides))
+    if overrides:
+        raise ConfigError(f"override {overrides[0]!r}: a bundle's config is fixed; overrides need a config in its place")
+    return target
+
+
 def _exit(status: int) -> int:
     if status:
         sys.exit(status)
@@ -139,13 +153,14 @@ def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False
 
 
 @app.command()
-def evaluate(bundle: BundleUri, split: str = "test", as_json: Json = False, address: Address = None,
+def evaluate(bundle: BundleUri, overrides: Overrides = None, split: str = "test", as_json: Json = False, address: Address = None,
              submit: Submit = None, debug: Debug = False) -> None:
     """Measure every stage and the whole cascade beside popularity and random; write report.html."""
     del debug
     from raycascade.flows import evaluate as flow
 
-    _verb(lambda: flow.evaluate(bundle, split=split), as_json=as_json, address=address, submit=submit)
+    uri = _bundle(bundle, overrides or ())
+    _verb(lambda: flow.evaluate(uri, split=split), as_json=as_json, address=address, submit=submit)
 
 
 @app.command()
@@ -155,7 +170,8 @@ def index(bundle: BundleUri, as_json: Json = False, address: Address = None, sub
     del debug
     from raycascade.flows import index as flow
 
-    _verb(lambda: flow.index(bundle), as_json=as_json, address=address, submit=submit)
+    uri = _bundle(bundle)
+    _verb(lambda: flow.index(uri), as_json=as_json, address=address, submit=submit)
 
 
 @app.command()
@@ -169,7 +185,8 @@ def score(
     del debug
     from raycascade.flows import score as flow
 
-    _verb(lambda: flow.score(bundle, requests=requests, out=out), as_json=as_json, address=address, submit=submit)
+    uri = _bundle(bundle)
+    _verb(lambda: flow.score(uri, requests=requests, out=out), as_json=as_json, address=address, submit=submit)
 
 
 @app.command()
@@ -183,7 +200,7 @@ def explain(
     del debug
     from raycascade.explain import explain as explain_item
 
-    _finish(explain_item(bundle, user=user, item=item), as_json=as_json)
+    _finish(explain_item(_bundle(bundle), user=user, item=item), as_json=as_json)
 
 
 @app.command()
@@ -200,7 +217,7 @@ def serve(
     from raycascade.flows._cluster import connect
 
     connect(address)
-    serving.serve_until_interrupted(bundle, mode=mode, host=host, port=port)
+    serving.serve_until_interrupted(_bundle(bundle), mode=mode, host=host, port=port)
 
 
 @app.command()

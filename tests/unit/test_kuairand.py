@@ -2,6 +2,7 @@
 
 import datetime as dt
 import gzip
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,16 @@ def test_later_files_join_the_log_and_random_ones_only_on_request(folder: Path) 
     assert len(rows_of(dataset(folder, use_random=True))) == 7
 
 
-def test_the_initial_history_keeps_its_order_before_midnight_and_is_cut_into_requests(folder: Path) -> None:
+def test_the_initial_history_is_spread_evenly_in_its_order_and_cut_into_days(folder: Path) -> None:
     late = SEQUENCES.slice(0, 1).set_column(2, "last_time_ms", pa.array([MIDNIGHT + 9_000]))
     for table, last in ((SEQUENCES, MIDNIGHT - 5_000), (late, MIDNIGHT - 1)):
         write(folder / SEQUENCE_FILE, table)
-        log = dataset(folder, sequence_chunk=2)
+        log = dataset(folder)
         rows = rows_of(log).to_pylist()[len(LOG):]
         assert [row["item_id"] for row in rows] == [101, 100, 102]
-        assert [row["time_ms"] for row in rows] == [last - 2_000, last - 1_000, last]
-        assert [row["request_id"] for row in rows] == ["5-s0", "5-s0", "5-s1"]
+        step = (last - (MIDNIGHT - 16 * 86_400_000)) / 3  # three exposures from 9 April on
+        assert [row["time_ms"] for row in rows] == [last - math.ceil(2 * step), last - math.ceil(step), last]
+        assert [row["request_id"] for row in rows] == ["5-20220414", "5-20220419", "5-20220424"]
         assert [(row["long_view"], row["watched"], row["like"]) for row in rows] == [(0, 0, 0), (1, 1, 0), (0, 0, 1)]
         untold = ("click", "follow", "comment", "forward", "hate", "tab")
         assert {row[name] for row in rows for name in untold} == {None}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raycascade import storage
-from raycascade.bundle import save_bundle
+from raycascade.bundle import remember_latest, save_bundle
 from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError, RaycascadeError
@@ -41,6 +41,7 @@ def train(config: Config) -> dict[str, Any]:
     progress = _fit_on_ray(config, shards, cascade)
     save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
                 users=shards.table("users"), metrics={"train": _summary(progress), "curves": progress.curves})
+    remember_latest(config.paths.bundles, target)
     storage.remove_folder(storage.join(_runs_folder(config), name))
     return {"bundle": target, **_summary(progress), "seconds": round(time.monotonic() - started, 2)}
 
