@@ -42,9 +42,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mlp": [{"dense": "field", "norm": "batch", "activation": "silu"}, {"hidden": [], "norm": "layer"}],
     "din": [
         {"normalise": "softmax", "attention_hidden": [8, 4], "attention_activation": "sigmoid", "dense": "field"},
-        {"attention_activation": "dice", "attention_hidden": [6], "activation": "prelu"},
+        {"attention_activation": "dice", "attention_hidden": [6], "activation": "prelu", "products": True},
     ],
-    "two_tower": [{"similarity": "dot", "user_history": "attention", "item_bias": True, "activation": "tanh"}],
+    "two_tower": [{"similarity": "dot", "user_history": "attention", "item_bias": True, "activation": "tanh",
+                   "item_hidden": []}],
 }
 CASES = [(name, options) for name in TORCH_MODELS for options in [{}, *VARIANTS.get(name, [])]]
 

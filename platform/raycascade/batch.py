@@ -12,8 +12,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycascade.features import FeatureState, clock_rows, fold
+from raycascade.features import FeatureState, clock_rows
 from raycascade.items import ItemTable, age_rows
+from raycascade.keys import fold
 from raycascade.ragged import Ragged
 from raycascade.schema import (
     FIRST_ROW,

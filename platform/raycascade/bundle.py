@@ -24,9 +24,10 @@ from raycascade.batch import Batch, collate
 from raycascade.cascade import Cascade, Ranking
 from raycascade.config import Config, parse_config
 from raycascade.errors import BundleError, DataError
-from raycascade.features import FeatureState, to_keys
+from raycascade.features import FeatureState
 from raycascade.indexes import ItemIndex
 from raycascade.items import ItemTable
+from raycascade.keys import to_keys
 from raycascade.ragged import Ragged
 
 FORMAT_VERSION = 1

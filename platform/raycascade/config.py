@@ -82,7 +82,7 @@ class Stage(Frozen):
     `loss` trains the stage alone instead of with the others; `prior` adds the score of the stage before, times a
     learned factor, to the model's: the stage then learns what the stage before does not know. `epochs`: trains
     in the first so many epochs only (with a prior, 1: later on the stage before has seen the rows, and its scores
-    flatter it)."""
+    flatter it); `lr`: in place of train.lr, the rate of its embeddings in proportion."""
 
     name: str = Option(pattern=r"^[a-z][a-z0-9_]*$")
     keep: int = Option(ge=1)
@@ -91,6 +91,7 @@ class Stage(Frozen):
     exclude: tuple[str, ...] = ()
     prior: bool = False
     epochs: int | None = Option(default=None, ge=1)
+    lr: float | None = Option(default=None, gt=0)
 
 
 class Lists(Frozen):

@@ -4,19 +4,18 @@
 by training, batch scoring and serving.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pandas.util import hash_array
 
 from raycascade import storage
 from raycascade.counters import Counters
 from raycascade.errors import DataError
+from raycascade.keys import Vocabulary
 from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import (
     FIRST_ROW,
@@ -42,76 +41,6 @@ from raycascade.schema import (
 
 CLOCK_SIZES = {"hour": 24, "weekday": 7}
 DENSE_LIMIT = 5.0  # normalised values are clipped to +-5
-
-
-# ---------------------------------------------------------------- keys and hashes
-def to_keys(array: "pa.Array | pa.ChunkedArray") -> np.ndarray:
-    """A 64-bit key per value: integers as they are, strings by a stable hash. Nulls get an arbitrary key."""
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
-        try:
-            return pc.fill_null(array.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
-        except pa.ArrowInvalid:
-            raise DataError("ids must lie below 2^63; cast the column to text") from None
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_null(array.type):
-        text = pc.fill_null(array.cast(pa.string()), "").to_numpy(zero_copy_only=False)
-        hashed = cast(Callable[..., np.ndarray], hash_array)(text, categorize=False)  # pandas gives it no type
-        return hashed.view(np.int64)
-    raise DataError(f"ids must be integers or strings, got {array.type}; cast the column")
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on uint64 arrays."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def fold(parts: "list[np.ndarray]", *, seed: int = 0) -> np.ndarray:
-    """One uint64 hash of several integer arrays of one shape; order matters."""
-    hashed = mix(np.full(1, seed, np.uint64))
-    for part in parts:
-        hashed = mix(hashed ^ part.astype(np.int64).view(np.uint64))
-    return hashed
-
-
-def hash_rows(keys: np.ndarray, buckets: int, *, seed: int = 0) -> np.ndarray:
-    """Embedding rows 2 .. buckets + 1 for 64-bit keys."""
-    return FIRST_ROW + (fold([keys], seed=seed) % np.uint64(buckets)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Known values in row order: the value at position p has row p + 2. Rows of hashed vocabularies need no values."""
-
-    values: pa.Array
-    buckets: int | None = None
-
-    @cached_property
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        keys = to_keys(self.values)
-        order = np.argsort(keys, kind="stable")
-        return keys[order], order
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the embedding table, padding and unknown included."""
-        return FIRST_ROW + (self.buckets or len(self.values))
-
-    def lookup(self, array: "pa.Array | pa.ChunkedArray") -> np.ndarray:
-        """Rows (int64) of raw values; 1 for null and for what the vocabulary does not know."""
-        keys, missing = to_keys(array), array.is_null().to_numpy(zero_copy_only=False)
-        if self.buckets:
-            return np.where(missing, UNKNOWN, hash_rows(keys, self.buckets))
-        known, order = self._sorted
-        if len(known) == 0:
-            return np.full(len(keys), UNKNOWN, np.int64)
-        at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        return np.where((known[at] == keys) & ~missing, order[at] + FIRST_ROW, UNKNOWN)
 
 
 class DenseStats(Frozen):
@@ -346,18 +275,23 @@ class FeatureState:
             storage.write_arrow(storage.join(uri, file), pa.table({"value": vocabulary.values}))
 
     @classmethod
-    def load(cls, uri: str) -> "FeatureState":
-        """The inverse of `save`; Arrow files on a local disk are memory-mapped."""
+    def load(cls, uri: str, *, with_counters: bool = True) -> "FeatureState":
+        """The inverse of `save`; Arrow files on a local disk are memory-mapped. Encoding does not read the counters,
+        which are the largest part: without them the state is small."""
         state = storage.read_json(storage.join(uri, "state.json"))
 
         def vocabulary(file: str, buckets: int | None) -> Vocabulary:
             return Vocabulary(storage.read_arrow(storage.join(uri, file))["value"].combine_chunks(), buckets)
 
+        schema = FeatureSchema.model_validate(storage.read_json(storage.join(uri, "schema.json")))
+        counters = Counters.empty(("exposure", *schema.labels))
+        if with_counters:
+            counters = Counters.from_arrow(storage.read_arrow(storage.join(uri, "counters.arrow")))
         return cls(
-            schema=FeatureSchema.model_validate(storage.read_json(storage.join(uri, "schema.json"))),
+            schema=schema,
             vocabularies={n: vocabulary(f"vocabulary.{n}.arrow", b) for n, b in state["vocabularies"].items()},
             dense={name: DenseStats.model_validate(stats) for name, stats in state["dense"].items()},
-            counters=Counters.from_arrow(storage.read_arrow(storage.join(uri, "counters.arrow"))),
+            counters=counters,
             item_ids=vocabulary("item_ids.arrow", None),
             as_of_ms=state["as_of_ms"],
             label_rates=state["label_rates"],

@@ -4,6 +4,7 @@ Parts are small (distinct values, sums, a sample) whatever the size of the piece
 depend on the order, so that any number of workers gives the same state.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,8 @@ import pyarrow.compute as pc
 from raycascade import storage
 from raycascade.counters import HOUR_MS, Counters
 from raycascade.errors import DataError
-from raycascade.features import DenseStats, FeatureState, Vocabulary, dense_column, fold, signed_log, to_keys
+from raycascade.features import DenseStats, FeatureState, dense_column, signed_log
+from raycascade.keys import Vocabulary, fold, to_keys
 from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import AgeFeature, ClockFeature, DenseFeature, FeatureSchema, IdFeature, IdsFeature
 
@@ -109,7 +111,15 @@ class FitPart:
         except pa.ArrowInvalid:
             raise DataError(f"{where}: ids must lie below 2^63; cast the column to text") from None
         table = pa.table({"value": values, "count": counted.field(1)}).filter(pc.field("value").is_valid())
-        self.values[vocabulary] = _summed([self.values[vocabulary], table]) if vocabulary in self.values else table
+        self._keep(vocabulary, table)
+
+    def _keep(self, vocabulary: str, table: pa.Table) -> None:
+        """Adds up counts. A vocabulary that will be hashed whatever follows keeps only as many values as show that."""
+        table = _summed([self.values[vocabulary], table]) if vocabulary in self.values else table
+        declared = (f for f in self.schema.features if isinstance(f, IdFeature) and (f.vocabulary or f.name) == vocabulary)
+        feature = next(declared)  # all that share a vocabulary agree on the limits
+        hashed = feature.min_count == 1 and len(table) > feature.max_values
+        self.values[vocabulary] = table.slice(0, feature.max_values + 1) if hashed else table
 
     def _add_dense(self, feature: DenseFeature, values: np.ndarray, order: np.ndarray) -> None:
         missing = np.isnan(values)
@@ -145,7 +155,7 @@ class FitPart:
     def merge(self, other: "FitPart") -> None:
         """Adds another part to this one."""
         for name, table in other.values.items():
-            self.values[name] = _summed([self.values[name], table]) if name in self.values else table
+            self._keep(name, table)
         for name, moments in other.moments.items():
             self._add_moments(name, moments)
         for name, sample in other.samples.items():
@@ -254,6 +264,29 @@ def _one_type(tables: list[pa.Table], name: str, what: str) -> None:
     kinds = sorted({str(table.schema.field(name).type) for table in tables})
     if len(kinds) > 1:
         raise DataError(f"{what} holds both {' and '.join(kinds)}; cast the columns to one type")
+
+
+def merged(schema: FeatureSchema, parts: Iterable[FitPart]) -> FitPart:
+    """All parts merged, like with like (as in a merge sort), so that no large part is copied once per small one."""
+    waiting: list[tuple[int, FitPart]] = []  # levels fall from the first to the last
+    for part in parts:
+        level = 0
+        while waiting and waiting[-1][0] == level:
+            _, older = waiting.pop()
+            older.merge(part)
+            part, level = older, level + 1
+        waiting.append((level, part))
+    whole = FitPart(schema)
+    while waiting:
+        whole.merge(waiting.pop()[1])
+    return whole
+
+
+def fitted_columns(schema: FeatureSchema) -> set[str]:
+    """The columns of a raw table, of either form, that fitting reads."""
+    events = {f"history_{feature.name}" for feature in schema.side("event")}
+    return {"request_id", "user_id", "time_ms", "item_id", "candidates", "exposed", "history", *schema.labels,
+            *events, *(feature.name for feature in schema.features)}
 
 
 def required_columns(schema: FeatureSchema, form: str) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raycascade.batch import Targets
 from raycascade.errors import DataError
-from raycascade.features import fold, to_keys
+from raycascade.keys import fold, to_keys
 from raycascade.truth import top_k_membership
 
 SEED = 1024

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,9 @@ import pyarrow.parquet as pq
 from raycascade import storage
 from raycascade.errors import ShardError
 from raycascade.features import FeatureState
-from raycascade.items import ItemTable
+
+if TYPE_CHECKING:
+    from raycascade.items import ItemTable
 
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 1024
@@ -53,9 +56,10 @@ def by_day(table: pa.Table, *, utc_offset_hours: float) -> Iterator[pa.Table]:
     order = np.argsort(time_ms, kind="stable")
     days = (time_ms[order] + int(utc_offset_hours * 3_600_000)) // DAY_MS
     bounds = [0, *(np.flatnonzero(np.diff(days)) + 1), len(days)]
+    in_order = bool((np.diff(order) == 1).all())
     for start, stop in pairwise(bounds):
         if stop > start:
-            yield table.take(pa.array(order[start:stop]))
+            yield table.slice(start, stop - start) if in_order else table.take(pa.array(order[start:stop]))
 
 
 def publish(root: str, version: str, facts: dict[str, object]) -> None:
@@ -133,8 +137,10 @@ class Shards:
         return FeatureState.load(storage.join(self.folder, "features"))
 
     @cached_property
-    def items(self) -> ItemTable:
+    def items(self) -> "ItemTable":
         """The encoded catalogue in memory."""
+        from raycascade.items import ItemTable  # needs torch, which those who write shards do without
+
         return ItemTable.from_encoded(self.table("items"), self.state)
 
     def files(self, prefix: str) -> list[str]:

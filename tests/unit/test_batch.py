@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from raycascade.batch import Batch, collate
-from raycascade.features import FeatureState, fold
+from raycascade.features import FeatureState
 from raycascade.fitting import FitPart
 from raycascade.items import ItemTable
+from raycascade.keys import fold
 from raycascade.schema import CountFeature, FeatureSchema
 from tests import tiny_world
 from tests.tiny_world import DAY_MS, START_MS

@@ -12,17 +12,13 @@ from raycascade.errors import DataError
 from raycascade.features import (
     DenseStats,
     FeatureState,
-    Vocabulary,
     clock_rows,
     dense_column,
-    fold,
-    hash_rows,
-    mix,
     normalise,
-    to_keys,
 )
 from raycascade.fitting import FitPart
 from raycascade.items import age_rows
+from raycascade.keys import Vocabulary, fold, hash_rows, mix, to_keys
 from raycascade.schema import ClockFeature, FeatureSchema
 from tests import tiny_world
 

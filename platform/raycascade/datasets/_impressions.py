@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycascade.errors import DataError
-from raycascade.features import fold, require_columns, to_keys
+from raycascade.features import require_columns
+from raycascade.keys import fold, to_keys
 from raycascade.ragged import Ragged
 from raycascade.schema import AgeFeature, ClockFeature, FeatureSchema, HistoryFeature
 

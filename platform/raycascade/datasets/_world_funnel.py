@@ -145,8 +145,12 @@ def draw_pool(
 
 def popular(world: w.Catalogue, rng: Generator, alive_Q1: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Living items drawn by popularity."""
-    drawn = np.searchsorted(world.mass_N, rng.random(shape) * world.mass_N[alive_Q1 - 1], side="right")
-    return np.minimum(drawn, alive_Q1 - 1)
+    return _by_popularity(world, rng.random(shape), alive_Q1)
+
+
+def _by_popularity(world: w.Catalogue, dice: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    drawn = np.searchsorted(world.mass_N, dice * world.mass_N[alive - 1], side="right")
+    return np.minimum(drawn, alive - 1)
 
 
 def category_weights(world: w.Catalogue, situation: w.Situation) -> np.ndarray:
@@ -182,5 +186,7 @@ def from_categories(
     drawn_QP = np.searchsorted(world.shelf_mass_N, low_QP + rng.random(shape) * (high_QP - low_QP), side="right")
     items_QP = world.by_category_N[np.clip(drawn_QP, first_QP, np.maximum(behind_QP - 1, first_QP).clip(
         max=len(world.by_category_N) - 1))]
-    anything_QP = popular(world, rng, world.num_alive(time_ms_Q)[:, None], shape)
-    return np.where(behind_QP > first_QP, items_QP, anything_QP)
+    dice_QP = rng.random(shape)  # drawn for all, so that the stream does not depend on which shelves are empty
+    row, column = np.nonzero(behind_QP <= first_QP)
+    items_QP[row, column] = _by_popularity(world, dice_QP[row, column], world.num_alive(time_ms_Q[row]))
+    return items_QP

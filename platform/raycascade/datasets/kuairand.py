@@ -29,7 +29,7 @@ from pydantic import Field as Option
 from raycascade.datasets import _columns, _files
 from raycascade.datasets._impressions import made_request_ids
 from raycascade.errors import ConfigError, DataError
-from raycascade.features import fold, to_keys
+from raycascade.keys import fold, to_keys
 from raycascade.plugins import PluginConfig
 from raycascade.schema import (
     AgeFeature,

@@ -1,12 +1,13 @@
 """prepare: raw log -> shards, with Ray Data.
 
 Two distributed passes. The first reads every piece of the log once, fits its part of the feature state and spills the
-rows by a hash of the user. The second takes one user partition at a time, groups impressions into requests, encodes
-and writes the splits. Both hold one piece or partition in memory, however large the log is.
+rows by a hash of the user (`_spill.py`). The second takes one user partition at a time, groups impressions into
+requests, encodes and writes the splits. A task holds about a hundred megabytes of rows, however large the log is.
 """
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,14 +21,18 @@ from raycascade.config import Config
 from raycascade.datasets import Dataset, ImpressionLog
 from raycascade.datasets._impressions import to_requests
 from raycascade.errors import DataError
-from raycascade.features import FeatureState, fold, require_columns, to_keys
-from raycascade.fitting import FitPart, required_columns
+from raycascade.features import FeatureState, require_columns
+from raycascade.fitting import FitPart, fitted_columns, merged, required_columns
 from raycascade.flows._cluster import each
+from raycascade.flows._spill import SpillFile, partitions, read_partition, spilled_bytes
+from raycascade.keys import to_keys
 from raycascade.schema import FeatureSchema
 from raycascade.shards import by_day, publish, write_part
 
 NOW = "\x00now"  # request id of the synthetic request that carries a user's state at the end of the training log
 ENCODE_ROWS = 4096
+HELD_BYTES = 96 << 20  # encoded rows that a task sorts by day at a time
+MAX_SPILLS = 1024  # tasks of the first pass; more pieces than that share tasks
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,18 @@ class Plan:
     config: Config
     work: str  # spilled rows and fitted parts
     target: str  # the version being written
-    num_partitions: int
 
     def dataset(self) -> Dataset:
         """The dataset plug-in, made anew in each task."""
         return open_dataset(self.config)
+
+    def rows_uri(self, number: int) -> str:
+        """Where a task of the first pass spills its rows."""
+        return storage.join(self.work, f"rows-{number:05d}.arrow")
+
+    def fit_uri(self, number: int) -> str:
+        """Where a task of the first pass leaves what it fitted."""
+        return storage.join(self.work, f"fit-{number:05d}")
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -56,17 +68,16 @@ def prepare(config: Config) -> dict[str, Any]:
     version = f"v-{uuid.uuid4().hex[:12]}"
     root = config.paths.shards
     dataset = open_dataset(config)
-    pieces = dataset.slices()
-    plan = Plan(config, storage.join(root, f"_work-{version}"), storage.join(root, version),
-                num_partitions=max(2, 2 * len(pieces)))
+    tasks = spill_tasks(dataset.slices())
+    plan = Plan(config, storage.join(root, f"_work-{version}"), storage.join(root, version))
     try:
         items = check_items(dataset.items())
-        spilled = each(Spill(plan), [list(piece) for piece in enumerate(pieces)])
-        state = fit(plan, dataset.schema(), items, len(pieces))
+        spilled = each(Spill(plan), tasks)
+        state = fit(plan, dataset.schema(), items, len(tasks))
         state.save(storage.join(plan.target, "features"))
         encoded = state.encode_items(items, where="items table")
         write_part(storage.join(plan.target, "items", "part-00000.parquet"), iter([encoded]))
-        written = each(Encode(plan, spilled), list(range(plan.num_partitions)))
+        written = each(Encode(plan), partitions(spilled))
         rows = {split: sum(part[split] for part in written) for split in config.splits.ranges_ms()}
         for split, count in rows.items():
             if count == 0:
@@ -75,6 +86,7 @@ def prepare(config: Config) -> dict[str, Any]:
         publish(root, version, {
             "requests": rows, "items": len(items), "users": sum(part["users"] for part in written),
             "fingerprint": dataset.schema().fingerprint(), "as_of_ms": state.as_of_ms,
+            "log": {"rows": sum(part["rows"] for part in spilled), "bytes": spilled_bytes(spilled)},
             "config": config.model_dump(mode="json"), "raycascade": __version__,
         })
     except BaseException:
@@ -110,40 +122,36 @@ def training_end_ms(config: Config, last_ms: int) -> int:
     return min(config.splits.ranges_ms()["train"][1], last_ms + 1)
 
 
+def spill_tasks(pieces: list[str], *, most: int = MAX_SPILLS) -> list[list[Any]]:
+    """[number, pieces] of every task of the first pass, in order."""
+    size = -(-len(pieces) // most)
+    return [[number, pieces[start:start + size]] for number, start in enumerate(range(0, len(pieces), size))]
+
+
 @dataclass(frozen=True)
 class Spill:
-    """First pass over one piece: fits its part, spills its rows by user partition into one Arrow file."""
+    """First pass over one or a few pieces: fits their part, spills their rows by bucket of users into one file."""
 
     plan: Plan
 
     def __call__(self, task: list[Any]) -> dict[str, Any]:
-        """Returns where the batches of each partition lie, the number of rows and the time range."""
-        number, piece = task
+        """Returns the buckets of the spilled batches, the number of rows and the time range."""
+        number, pieces = task
         dataset = self.plan.dataset()
         part = FitPart(dataset.schema())
-        filesystem, path = storage.resolve(storage.join(self.plan.work, f"rows-{number:05d}.arrow"))
-        storage.make_folder(self.plan.work)
-        batches: list[list[int]] = [[] for _ in range(self.plan.num_partitions)]
-        rows, written, first_ms, last_ms, writer = 0, 0, 1 << 62, -(1 << 62), None
-        lz4 = pa.ipc.IpcWriteOptions(compression="lz4")
-        with filesystem.open_output_stream(path) as sink:
-            for table in dataset.read(piece):
+        rows, first_ms, last_ms = 0, 1 << 62, -(1 << 62)
+        with SpillFile(self.plan.rows_uri(number)) as file:
+            for piece, table in ((piece, table) for piece in pieces for table in dataset.read(piece)):
                 self._check(table, dataset, piece)
-                self._fit(part, table, dataset.form, piece)
-                table = table.combine_chunks()
-                writer = writer or pa.ipc.new_file(sink, table.schema, options=lz4)
-                for partition, share in self._shares(table):
-                    batches[partition].append(written)
-                    writer.write_batch(share.combine_chunks().to_batches()[0])
-                    written += 1
+                if len(table) == 0:
+                    continue
+                time_ms = table["time_ms"].to_numpy()
+                self._fit(part, table, time_ms, dataset.form, piece)
+                file.add(table)
                 rows += len(table)
-                if len(table):
-                    low_high = pc.min_max(table["time_ms"])
-                    first_ms, last_ms = min(first_ms, low_high["min"].as_py()), max(last_ms, low_high["max"].as_py())
-            if writer is not None:
-                writer.close()
-        part.save(storage.join(self.plan.work, f"fit-{number:05d}"))
-        return {"batches": batches, "rows": rows, "first_ms": first_ms, "last_ms": last_ms}
+                first_ms, last_ms = min(first_ms, int(time_ms.min())), max(last_ms, int(time_ms.max()))
+        part.save(self.plan.fit_uri(number))
+        return {"batches": file.batches, "rows": rows, "first_ms": first_ms, "last_ms": last_ms}
 
     def _check(self, table: pa.Table, dataset: Dataset, piece: str) -> None:
         require_columns(table, required_columns(dataset.schema(), dataset.form), where=piece)
@@ -154,33 +162,33 @@ class Spill:
         if table["time_ms"].type != pa.int64():
             raise DataError(f"{piece}: time_ms must be int64 Unix milliseconds, got {table['time_ms'].type}")
 
-    def _fit(self, part: FitPart, table: pa.Table, form: str, piece: str) -> None:
+    def _fit(self, part: FitPart, table: pa.Table, time_ms: np.ndarray, form: str, piece: str) -> None:
         start, end = self.plan.config.splits.ranges_ms()["train"]
-        moments = pc.field("time_ms")
-        training = table.filter((moments >= start) & (moments < end))
+        read = fitted_columns(part.schema)
+        training = _chosen(table.select([name for name in table.column_names if name in read]),
+                           (time_ms >= start) & (time_ms < end))
         (part.add_requests if form == "requests" else part.add_impressions)(training, where=piece)
 
-    def _shares(self, table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-        owner = (fold([to_keys(table["user_id"])], seed=1) % np.uint64(self.plan.num_partitions)).astype(np.int64)
-        order = np.argsort(owner, kind="stable")
-        bounds = np.searchsorted(owner[order], np.arange(self.plan.num_partitions + 1))
-        for partition in np.flatnonzero(np.diff(bounds)):
-            yield int(partition), table.take(order[bounds[partition]:bounds[partition + 1]])
+
+def _chosen(table: pa.Table, mask: np.ndarray) -> pa.Table:
+    """The rows where the mask is true, in their order."""
+    rows = np.flatnonzero(mask)
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return table.slice(rows[0], len(rows))
+    return table.take(pa.array(rows))
 
 
-def fit(plan: Plan, schema: FeatureSchema, items: pa.Table, num_pieces: int) -> FeatureState:
-    """Merges the fitted parts in order and freezes the state."""
-    merged = FitPart(schema)
-    for number in range(num_pieces):
-        merged.merge(FitPart.load(storage.join(plan.work, f"fit-{number:05d}"), schema))
-    merged.add_items(items, where="items table")
-    if merged.events is None or len(merged.events) == 0:
+def fit(plan: Plan, schema: FeatureSchema, items: pa.Table, num_parts: int) -> FeatureState:
+    """Merges the fitted parts and freezes the state."""
+    whole = merged(schema, (FitPart.load(plan.fit_uri(number), schema) for number in range(num_parts)))
+    whole.add_items(items, where="items table")
+    if whole.events is None or len(whole.events) == 0:
         raise DataError("split 'train' is empty: no row of the log lies in its time range; move the dates of `splits`")
     end = plan.config.splits.ranges_ms()["train"][1]
     bucket_ms = schema.count_bucket_hours * 3_600_000
     offset_ms = int(schema.utc_offset_hours * 3_600_000)
-    last = (pc.max(merged.events["bucket"]).as_py() + 1) * bucket_ms - offset_ms
-    return merged.finish(items, as_of_ms=min(end, last))
+    last = (pc.max(whole.events["bucket"]).as_py() + 1) * bucket_ms - offset_ms
+    return whole.finish(items, as_of_ms=min(end, last))
 
 
 @dataclass(frozen=True)
@@ -188,76 +196,93 @@ class Encode:
     """Second pass over one user partition: requests, encoded, written by split; and the users' final states."""
 
     plan: Plan
-    spilled: list[dict[str, Any]]
 
-    def __call__(self, partition: int) -> dict[str, int]:
+    def __call__(self, partition: dict[str, Any]) -> dict[str, int]:
         """Returns the rows of each split, and of users."""
-        dataset, state = self.plan.dataset(), FeatureState.load(storage.join(self.plan.target, "features"))
+        features = storage.join(self.plan.target, "features")
+        dataset, state = self.plan.dataset(), FeatureState.load(features, with_counters=False)
         ranges = self.plan.config.splits.ranges_ms()
-        held: dict[str, list[pa.Table]] = {name: [] for name in (*ranges, "users")}
+        logged_from, logged_until = next(iter(ranges.values()))[0], list(ranges.values())[-1][1]
+        parts = Parts(self.plan.target, partition["number"], (*ranges, "users"), state.schema.utc_offset_hours)
         for requests in self._requests(partition, dataset, state):
-            is_state = pa.array([], pa.bool_())
-            if len(requests):
-                is_state = pc.equal(requests["request_id"].cast(pa.string()), NOW)
-            logged = requests.filter(pc.invert(is_state))
-            for split, (start, end) in ranges.items():
-                moments = pc.field("time_ms")
-                share = logged.filter((moments >= start) & (moments < end))
-                if len(share):
-                    held[split].append(state.encode_requests(share, where=f"partition {partition}"))
-            if pc.any(is_state).as_py():
-                users = requests.filter(is_state).drop_columns(["candidates", *state.schema.labels])
-                held["users"].append(state.encode_requests(users, where="users", strict=False))
-        counts = {}
-        offset = state.schema.utc_offset_hours
-        for name, tables in held.items():
-            days = by_day(pa.concat_tables(tables), utc_offset_hours=offset) if tables else iter(())
-            folder = "users" if name == "users" else f"requests/{name}"
-            part = storage.join(self.plan.target, folder, f"part-{partition:05d}.parquet")
-            counts[name] = write_part(part, days)
-        return counts
+            is_state = pc.equal(requests["request_id"].cast(pa.string()), NOW).to_numpy()
+            time_ms = requests["time_ms"].to_numpy()
+            logged = _chosen(requests, ~is_state & (time_ms >= logged_from) & (time_ms < logged_until))
+            if len(logged):
+                encoded = state.encode_requests(logged, where=f"partition {partition['number']}")
+                time_ms = encoded["time_ms"].to_numpy()
+                for split, (start, end) in ranges.items():
+                    parts.add(split, _chosen(encoded, (time_ms >= start) & (time_ms < end)))
+            if is_state.any():
+                users = _chosen(requests, is_state).drop_columns(["candidates", *state.schema.labels])
+                parts.add("users", state.encode_requests(users, where="users", strict=False))
+        return parts.close()
 
-    def _requests(self, partition: int, dataset: Dataset, state: FeatureState) -> Iterator[pa.Table]:
-        rows = self._rows(partition)
+    def _requests(self, partition: dict[str, Any], dataset: Dataset, state: FeatureState) -> Iterator[pa.Table]:
+        rows = read_partition(self.plan.rows_uri, partition)
         if rows is None:
             return
+        train = self.plan.config.splits.ranges_ms()["train"]
+        last = _as_states(_last_per_user(rows, train), state.as_of_ms)
         if dataset.form == "requests":
-            train = self.plan.config.splits.ranges_ms()["train"]
-            yield from _slices(rows.sort_by([("user_id", "ascending"), ("time_ms", "ascending")]))
-            yield _as_states(_last_per_user(rows, train), state.as_of_ms)
+            order = _order(rows, "time_ms", "user_id")  # what the files need, so that no list is moved again
+            for start in range(0, len(rows), ENCODE_ROWS):
+                yield rows.take(order[start:start + ENCODE_ROWS])
+            if len(last):
+                yield last
             return
-        last = _last_per_user(rows, self.plan.config.splits.ranges_ms()["train"])
-        rows = pa.concat_tables([_with_text_ids(rows), _as_states(last, state.as_of_ms)])
+        rows = pa.concat_tables([_with_text_ids(rows), last])
         history, log = state.schema.history, cast(ImpressionLog, dataset)
         yield from to_requests(rows, state.schema, history_len=history.max_len if history else 0,
                                exclude_seen=log.exclude_seen, duplicates=log.duplicates, gap_minutes=log.gap_minutes)
 
-    def _rows(self, partition: int) -> pa.Table | None:
-        batches, schema = [], None
-        for number, spill in enumerate(self.spilled):
-            if spill["batches"][partition]:
-                filesystem, path = storage.resolve(storage.join(self.plan.work, f"rows-{number:05d}.arrow"))
-                with pa.ipc.open_file(filesystem.open_input_file(path)) as reader:
-                    if schema is not None and reader.schema != schema:
-                        differs = next(f.name for f, g in zip(schema, reader.schema, strict=False) if f != g)
-                        raise DataError(f"column {differs!r} is {schema.field(differs).type} in one file of the log "
-                                        f"and {reader.schema.field(differs).type} in another; write one type")
-                    schema = reader.schema
-                    batches += [reader.get_batch(i) for i in spill["batches"][partition]]
-        return pa.Table.from_batches(batches, schema) if batches else None
+
+class Parts:
+    """The files of one partition. Rows are sorted by day HELD_BYTES at a time; what goes beyond that gets files of its
+    own, so that a partition which grows when it is encoded (long histories) stays within memory."""
+
+    def __init__(self, target: str, number: int, names: tuple[str, ...], utc_offset_hours: float, *,
+                 held_bytes: int = HELD_BYTES) -> None:
+        self._target, self._number, self._offset, self._most = target, number, utc_offset_hours, held_bytes
+        self._rows = dict.fromkeys(names, 0)
+        self._held: dict[str, list[pa.Table]] = defaultdict(list)
+        self._bytes = self._written = 0
+
+    def add(self, name: str, table: pa.Table) -> None:
+        """Encoded rows of a split, or of users."""
+        if len(table):
+            self._held[name].append(table)
+            self._bytes += table.nbytes
+        if self._bytes >= self._most:
+            self._write()
+
+    def close(self) -> dict[str, int]:
+        """Writes what is left; the rows by name."""
+        self._write()
+        return self._rows
+
+    def _write(self) -> None:
+        more = f"-{self._written}" if self._written else ""
+        while self._held:
+            name, tables = self._held.popitem()
+            folder = "users" if name == "users" else f"requests/{name}"
+            uri = storage.join(self._target, folder, f"part-{self._number:05d}{more}.parquet")
+            self._rows[name] += write_part(uri, by_day(pa.concat_tables(tables), utc_offset_hours=self._offset))
+        self._bytes, self._written = 0, self._written + 1
 
 
-def _slices(table: pa.Table) -> Iterator[pa.Table]:
-    for start in range(0, len(table), ENCODE_ROWS):
-        yield table.slice(start, ENCODE_ROWS)
+def _order(rows: pa.Table, *names: str) -> pa.Array:
+    """The positions of the rows in the order of some columns."""
+    return pc.sort_indices(rows.select(list(names)), sort_keys=[(name, "ascending") for name in names])
 
 
 def _last_per_user(rows: pa.Table, train: tuple[int, int]) -> pa.Table:
-    moments = pc.field("time_ms")
-    rows = rows.filter((moments >= train[0]) & (moments < train[1]))
-    rows = rows.sort_by([("user_id", "ascending"), ("time_ms", "ascending")])
-    keys = to_keys(rows["user_id"])
-    return rows.take(np.flatnonzero(np.append(keys[1:] != keys[:-1], True))) if len(rows) else rows
+    time_ms = rows["time_ms"].to_numpy()
+    training = np.flatnonzero((time_ms >= train[0]) & (time_ms < train[1]))
+    brief = rows.select(["user_id", "time_ms"]).take(pa.array(training))
+    order = _order(brief, "user_id", "time_ms").to_numpy()
+    keys = to_keys(brief["user_id"])[order]
+    return rows.take(pa.array(training[order][np.append(keys[1:] != keys[:-1], True)[:len(keys)]]))
 
 
 def _with_text_ids(rows: pa.Table) -> pa.Table:

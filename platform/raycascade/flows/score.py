@@ -17,8 +17,8 @@ import raycascade.errors
 from raycascade import storage
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.errors import DataError, RaycascadeError
-from raycascade.features import to_keys
 from raycascade.flows._cluster import num_cores
+from raycascade.keys import to_keys
 from raycascade.progress import ProgressLine
 from raycascade.serving.requests import checked, needed
 

@@ -158,7 +158,7 @@ def _train_step(
     torch.manual_seed(int(rng.integers(1 << 62)))
     active = tuple(s.name for s in run.config.stages if s.epochs is None or progress.epoch < s.epochs)
     for name, model in run.cascade.models.items():
-        model.train(name in active)  # a stage that has ended keeps its running statistics, too
+        model.train(mode=name in active)  # a stage that has ended keeps its running statistics, too
     run.optimisers.zero()
     on_gpu = run.place.device != "cpu"
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and run.config.train.bf16):

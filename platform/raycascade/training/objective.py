@@ -52,6 +52,7 @@ class Objective(nn.Module):
         if self.negatives.source == "retriever" and not self._catalogue_loss(cascade):
             raise ConfigError("train.negatives.source retriever: the first stage must have a loss of its own over the "
                               "catalogue, such as {name: softmax, over: catalogue}")
+        _refuse_uneven_epochs(config, self.terms)
 
     def _catalogue_loss(self, cascade: Cascade) -> nn.Module | None:
         return next((t.loss for t in self.terms if t.names == cascade.names[:1] and _catalogue_of(t.loss)), None)
@@ -114,6 +115,18 @@ class Objective(nn.Module):
         later, before_QC = with_retrieved(batch, scores_QC, shared, catalogue, count=self.negatives.per_request,
                                           keeps=(cascade.keeps[0], cascade.keeps[1]), rng=rng)
         return output, later, before_QC
+
+
+def _refuse_uneven_epochs(config: Config, terms: list[Term]) -> None:
+    """A loss trains all of its stages or none, and in every epoch something must train."""
+    last = {stage.name: min(stage.epochs or config.train.epochs, config.train.epochs) for stage in config.stages}
+    for term in terms:
+        if len({last[name] for name in term.names}) > 1:
+            raise ConfigError(f"stages {list(term.names)}: one loss trains them together, so they need the same "
+                              "`epochs`; give them the same, or a `loss` of their own to a stage that ends earlier")
+    if max(last.values()) < config.train.epochs:
+        raise ConfigError(f"train.epochs {config.train.epochs}: every stage ends after {max(last.values())} at most; "
+                          "lower it, or leave `epochs` out of a stage")
 
 
 def _catalogue_of(loss: nn.Module) -> str:
