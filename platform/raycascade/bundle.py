@@ -211,12 +211,17 @@ def latest(config: Config) -> str:
     return storage.read_json(note)["bundle"]
 
 
-def verify(uri: str) -> dict[str, Any]:
-    """The manifest, after every file was compared with its hash; BundleError says which file is wrong."""
-    file = storage.join(uri, "manifest.json")
-    if not storage.exists(file):
+def require_finished(uri: str) -> None:
+    """BundleError unless a bundle was finished there."""
+    if not storage.exists(storage.join(uri, "manifest.json")):
         raise BundleError(f"{uri}: no manifest.json, so no finished bundle; "
                           "give the URI that `raycascade train` printed")
+
+
+def verify(uri: str) -> dict[str, Any]:
+    """The manifest, after every file was compared with its hash; BundleError says which file is wrong."""
+    require_finished(uri)
+    file = storage.join(uri, "manifest.json")
     try:
         manifest = storage.read_json(file)
         version, files = manifest["format_version"], manifest["files"]

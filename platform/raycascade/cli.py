@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import click
 import typer
 
 from raycascade.errors import ConfigError, RaycascadeError
@@ -47,14 +46,11 @@ def run(arguments: list[str]) -> int:
         app(args=arguments, standalone_mode=False)
     except RaycascadeError as error:
         return _complain(str(error), error.exit_status, error if debug else None)
-    except click.exceptions.NoArgsIsHelpError as error:
-        sys.stderr.write(error.format_message() + "\n")
-        return 2
-    except click.ClickException as error:
-        return _complain(error.format_message(), 2, error if debug else None)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", 1, None)
     except Exception as error:
+        if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):  # wrong usage, as typer sees it
+            return _complain(error.format_message(), 2, error if debug else None) if str(error) else 2
         if debug:
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
@@ -112,13 +108,14 @@ def _verb(work: Callable[[], dict[str, Any]], *, as_json: bool, address: str | N
 
 def _bundle(target: str, overrides: "list[str] | tuple[str, ...]" = ()) -> str:
     """A bundle's URI as it is; for the path of a config, the newest bundle that was trained from it."""
-    from raycascade.bundle import latest
+    from raycascade.bundle import latest, require_finished
     from raycascade.config import load_config
 
     if target.endswith((".yaml", ".yml")):
         return latest(load_config(target, overrides))
     if overrides:
         raise ConfigError(f"override {overrides[0]!r}: a bundle's config is fixed; overrides need a config in its place")
+    require_finished(target)  # before Ray is started for nothing
     return target
 
 

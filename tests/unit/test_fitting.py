@@ -10,7 +10,15 @@ import pytest
 
 from raycascade.errors import DataError
 from raycascade.features import FeatureState
-from raycascade.fitting import SAMPLE_SIZE, UNIT_BITS, FitPart, exact_sum, required_columns
+from raycascade.fitting import (
+    SAMPLE_SIZE,
+    UNIT_BITS,
+    FitPart,
+    exact_sum,
+    fitted_columns,
+    merged,
+    required_columns,
+)
 from raycascade.schema import FeatureSchema
 from tests import tiny_world
 
@@ -182,3 +190,46 @@ def test_a_log_needs_the_columns_of_its_form():
         "request_id", "user_id", "time_ms", "candidates", "city", "income", "device", "click"]
     assert required_columns(tiny_world.SCHEMA, "impressions") == [
         "user_id", "time_ms", "item_id", "city", "income", "device", "action", "click"]
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 2, 3, 7, 8])
+def test_merging_like_with_like_gives_what_merging_in_a_row_gives(num_parts: int):
+    raw = raw_requests()
+    bounds = np.linspace(0, len(raw), num_parts + 1).astype(int)
+    cuts = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+    row = FitPart(SCHEMA)
+    for start, stop in cuts:
+        row.merge(part_of(raw.slice(start, stop - start)))
+    tree = merged(SCHEMA, (part_of(raw.slice(start, stop - start)) for start, stop in cuts))
+    assert_same(finished(tree), finished(row))
+
+
+def test_fitting_reads_only_the_columns_it_names():
+    raw = raw_requests()
+    extra = raw.append_column("nothing", pa.array([0] * len(raw)))
+    read = extra.select([name for name in extra.column_names if name in fitted_columns(SCHEMA)])
+    assert "history_time_ms" in raw.column_names
+    assert {"history_time_ms", "nothing"}.isdisjoint(read.column_names)
+    assert_same(finished(part_of(read)), finished(part_of(raw)))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_vocabulary_that_will_be_hashed_keeps_no_more_values_than_show_it(order: int):
+    schema = FeatureSchema.model_validate({"features": [{"kind": "id", "name": "x", "side": "user", "max_values": 5}]})
+
+    def part(values: range) -> FitPart:
+        one = FitPart(schema)
+        column = pa.array(values)
+        one.add_requests(pa.table({
+            "request_id": column, "user_id": column, "time_ms": pa.array([0] * len(values)), "x": column,
+            "candidates": pa.array([[1]] * len(values))}), where="log")
+        return one
+
+    parts = [part(range(3)), part(range(2, 5)), part(range(4, 90)), part(range(2))][::order]
+    together = merged(schema, parts[:4])
+    assert len(together.values["x"]) == 6
+    vocabulary = together.finish(pa.table({"item_id": [1]}), as_of_ms=0).vocabularies["x"]
+    assert (vocabulary.buckets, len(vocabulary.values)) == (5, 0)
+    few = merged(schema, [part(range(3)), part(range(2, 5))])
+    kept = few.finish(pa.table({"item_id": [1]}), as_of_ms=0).vocabularies["x"]
+    assert (kept.buckets, sorted(kept.values.to_pylist())) == (None, [0, 1, 2, 3, 4])

@@ -1,4 +1,4 @@
-"""Histories pooled by value and recency against a loop over events, in the models that use them, and short histories."""
+"""Histories pooled by value and recency against a loop over events, in the models that use them; short histories."""
 
 from dataclasses import replace
 from typing import Any

@@ -76,16 +76,20 @@ def by_hand(count: int, total: int) -> float:
     return math.log1p(count) - math.log1p(total / 4)  # four items in the catalogue
 
 
+def close(values: np.ndarray, expected: list[float]) -> None:
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_a_relative_count_is_the_log_of_the_count_less_that_of_the_catalogues_mean(items: ItemTable):
     rows = items.state.item_ids.lookup(pa.array(["a", "b", "c", "d"]))
     views, clicks = (CountFeature.model_validate(f.model_dump()) for f in SCHEMA.features)
     day_1, day_2, day_9 = (START_MS + day * DAY_MS for day in (1, 2, 9))
-    np.testing.assert_allclose(items.count(views, rows, day_1), [by_hand(n, 3) for n in (2, 1, 0, 0)], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(items.count(views, rows, day_2), [by_hand(n, 12) for n in (5, 4, 3, 0)], rtol=1e-6, atol=1e-7)
+    close(items.count(views, rows, day_1), [by_hand(n, 3) for n in (2, 1, 0, 0)])
+    close(items.count(views, rows, day_2), [by_hand(n, 12) for n in (5, 4, 3, 0)])
     # only the day before counts: one click on day 0, two on day 1, none later
-    np.testing.assert_allclose(items.count(clicks, rows, day_1), [by_hand(n, 1) for n in (1, 0, 0, 0)], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(items.count(clicks, rows, day_2), [by_hand(n, 2) for n in (0, 2, 0, 0)], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(items.count(clicks, rows, day_9), [0, 0, 0, 0], atol=1e-7)
+    close(items.count(clicks, rows, day_1), [by_hand(n, 1) for n in (1, 0, 0, 0)])
+    close(items.count(clicks, rows, day_2), [by_hand(n, 2) for n in (0, 2, 0, 0)])
+    close(items.count(clicks, rows, day_9), [0, 0, 0, 0])
 
 
 def test_padding_and_unknown_items_are_items_that_were_never_seen(items: ItemTable):

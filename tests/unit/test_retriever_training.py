@@ -44,8 +44,8 @@ def test_retrieved_negatives_need_a_first_stage_that_learns_from_the_catalogue(s
 def test_only_the_first_stage_can_have_a_loss_over_the_catalogue(shards: str, over: str):
     with pytest.raises(ConfigError, match=f"stage 'ranker': loss: over '{over}' is for the first stage"):
         build(shards, CATALOGUE, LIST, {**CATALOGUE, "over": over})
+    config = train_config(shards, loss={**CATALOGUE, "over": over})  # one loss of all three
     with pytest.raises(ConfigError, match=f"loss: over '{over}' is for the first stage"):
-        config = train_config(shards, loss={**CATALOGUE, "over": over})  # one loss of all three
         Run.build(config, Shards.open(shards), Place())
 
 
@@ -84,7 +84,7 @@ def gradients(run: Run, requests: Any) -> tuple[float, dict[str, torch.Tensor]]:
     run.optimisers.zero()
     total = run.objective(run.cascade.eval(), batch, run.catalogue, np.random.default_rng(1)).total
     total.backward()
-    return float(total), {n: p.grad.to_dense() for n, p in run.cascade.named_parameters() if p.grad is not None}
+    return total.item(), {n: p.grad.to_dense() for n, p in run.cascade.named_parameters() if p.grad is not None}
 
 
 def test_the_later_stages_teach_the_first_one_nothing(shards: str):
