@@ -41,8 +41,8 @@ bench: $(READY)  ## run every benchmark; each prints a ratio and its command
 	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
-docs: $(READY)  ## check that README and docs name only what exists
-	$(BIN)/pytest tests/unit/test_readme.py
+docs: $(READY)  ## check that README and docs say what the code says
+	$(BIN)/pytest tests/unit/test_readme.py tests/unit/test_docs.py
 
 clean:  ## remove .venv and caches (bundles and shards under outputs/ stay)
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache platform/*.egg-info

@@ -207,7 +207,8 @@ def latest(config: Config) -> str:
     """The newest bundle that was trained into the config's `paths.bundles`; BundleError if there is none."""
     note = storage.join(config.paths.bundles, "latest.json")
     if not storage.exists(note):
-        raise BundleError(f"{config.paths.bundles}: no bundle was trained into this folder; run `raycascade train` first")
+        raise BundleError(f"{config.paths.bundles}: no bundle was trained into this folder; "
+                          "run `raycascade train` first")
     return storage.read_json(note)["bundle"]
 
 

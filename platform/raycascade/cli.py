@@ -114,7 +114,7 @@ def _bundle(target: str, overrides: "list[str] | tuple[str, ...]" = ()) -> str:
     if target.endswith((".yaml", ".yml")):
         return latest(load_config(target, overrides))
     if overrides:
-        raise ConfigError(f"override {overrides[0]!r}: a bundle's config is fixed; overrides need a config in its place")
+        raise ConfigError(f"override {overrides[0]!r}: a bundle's config is fixed; give a config in its place")
     require_finished(target)  # before Ray is started for nothing
     return target
 
@@ -150,8 +150,10 @@ def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False
 
 
 @app.command()
-def evaluate(bundle: BundleUri, overrides: Overrides = None, split: str = "test", as_json: Json = False, address: Address = None,
-             submit: Submit = None, debug: Debug = False) -> None:
+def evaluate(
+    bundle: BundleUri, overrides: Overrides = None, split: str = "test", as_json: Json = False,
+    address: Address = None, submit: Submit = None, debug: Debug = False,
+) -> None:
     """Measure every stage and the whole cascade beside popularity and random; write report.html."""
     del debug
     from raycascade.flows import evaluate as flow

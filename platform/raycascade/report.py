@@ -27,7 +27,7 @@ class SurvivalPoint:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage on logged lists. None: not measured, or there is no previous stage."""
+    """One stage of the funnel. None: not measured, or there is no previous stage."""
 
     stage: str
     keep: int
@@ -135,7 +135,7 @@ def _stages(content: Report) -> str:
     columns = ["Stage", "Keeps", "Recall", "Previous stage, same width", "Gain", "Positives lost"]
     figures = _beside(_recall_figure(content.stages), _lost_figure(content))
     text = "A stage earns its place if it beats the order of the stage before it, cut to the same width."
-    return _section("Stages on logged lists", text, figures + _table("Stages on logged lists", columns, rows))
+    return _section("Stage by stage", text, figures + _table("Stage by stage", columns, rows))
 
 
 def _recall_figure(stages: Sequence[StageResult]) -> str:

@@ -15,7 +15,8 @@ def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> 
     metrics, baselines = measured.metrics(), measured.baselines()
     training = storage.read_json(storage.join(bundle.uri, "metrics.json"))
     curves = {name: [(int(s), float(v)) for s, v in points] for name, points in training["curves"].items()}
-    validation = {name: points for name, points in curves.items() if name.startswith("valid")}
+    validation = {name: [(epoch, value) for epoch, (_, value) in enumerate(points, 1)]
+                  for name, points in curves.items() if name.startswith("valid")}
     recall = measured.catalogue
     facts = {
         "bundle": bundle.uri.rsplit("/", 1)[-1], "split": split, "evaluated": moment,

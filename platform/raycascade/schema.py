@@ -128,6 +128,12 @@ class CountFeature(Frozen):
     relative: bool = False
     smoothing: float = Option(default=20.0, gt=0)
 
+    @model_validator(mode="after")
+    def _one_way(self) -> "CountFeature":
+        if self.rate and self.relative:
+            raise ConfigError(f"schema: count {self.name!r} is both a rate and relative; a rate is relative already")
+        return self
+
 
 class MatchFeature(Frozen):
     """How many events of the history share the candidate's value of `field`; log1p, computed where tensors are made.

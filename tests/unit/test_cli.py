@@ -38,7 +38,8 @@ DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 def test_wrong_usage_or_input_is_one_line_and_exit_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     assert cli.run(arguments) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("raycascade: ") and printed.err.count("\n") == 1
+    assert printed.err.startswith("raycascade: ")
+    assert printed.err.count("\n") == 1
     assert printed.out == ""
 
 
@@ -51,7 +52,9 @@ def test_the_result_is_one_json_object_on_the_last_line(prepare_gives: Any, caps
 def test_without_json_the_result_is_a_table(prepare_gives: Any, capsys: pytest.CaptureFixture[str]):
     prepare_gives({"shards": "s", "requests": {"train": 31}, "items": 2, "seconds": 0.5})
     assert cli.run(["prepare", DEMO]) == 0
-    assert "requests" in (table := capsys.readouterr().out) and "31" in table
+    table = capsys.readouterr().out
+    assert "requests" in table
+    assert "31" in table
 
 
 @pytest.mark.parametrize(("problem", "status", "said"), [
