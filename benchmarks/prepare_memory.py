@@ -19,6 +19,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import ray
+import ray.exceptions
 
 from raycascade import storage
 from raycascade.config import Config, parse_config
@@ -124,7 +125,12 @@ def main() -> int:
         watch = Watch()
         watch.start()
         started = time.monotonic()
-        result = prepare(config_of(folder, num_users, options.items))
+        try:
+            result = prepare(config_of(folder, num_users, options.items))
+        except (MemoryError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            print(f"bar: workers <= {options.limit_gb:.2f} GB: missed, a task failed within its share of it ({reason})")
+            return 1
         seconds = time.monotonic() - started
         watch.ended.set()
         watch.join()

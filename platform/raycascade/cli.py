@@ -115,7 +115,8 @@ def _bundle(target: str, overrides: "list[str] | tuple[str, ...]" = ()) -> str:
         return latest(load_config(target, overrides))
     if overrides:
         raise ConfigError(f"override {overrides[0]!r}: a bundle's config is fixed; give a config in its place")
-    require_finished(target)  # before Ray is started for nothing
+    if "--submit" not in sys.argv:  # the cluster may see what this machine does not
+        require_finished(target)  # before Ray is started for nothing
     return target
 
 

@@ -1,4 +1,4 @@
-"""The pages say what the code says: every key and default of a config, every kind of feature; and their examples run."""
+"""The pages say what the code says: every key and default of a config, every kind of feature; their examples run."""
 
 import json
 import re

@@ -164,6 +164,15 @@ def test_an_empty_vocabulary_knows_nothing():
     assert encoded(fitted([None, None], column=pa.string(), kind="id"), ["a"]) == [1]
 
 
+@pytest.mark.parametrize("values", [
+    [3, 1, 2], [-2, 5, 0], [7], [0, 10**12], [2**63 - 1, -(2**63)], [2**63 - 1, 2**63 - 2], [-(2**63), 1 - 2**63]])
+def test_integers_close_together_or_far_apart_are_looked_up_alike(values: list[int]):
+    around = sorted({key for value in values for key in (value - 1, value, value + 1) if -(2**63) <= key < 2**63})
+    asked = [*around, 4, None, -(2**63), 2**63 - 1]
+    expected = [values.index(key) + 2 if key in values else 1 for key in asked]
+    assert Vocabulary(pa.array(values)).lookup(pa.array(asked, pa.int64())).tolist() == expected
+
+
 # ---------------------------------------------------------------- dense
 def test_standard_normalisation_by_hand_clipped_at_five():
     state = fitted([1.0, 2.0, 3.0, 6.0], kind="dense")
@@ -328,6 +337,9 @@ def test_a_state_comes_back_from_its_files_and_encodes_bit_for_bit_the_same(tmp_
     assert again.encode_requests(raw, where="log").equals(state.encode_requests(raw, where="log"))
     assert again.encode_items(items, where="items").equals(state.encode_items(items, where="items"))
     np.testing.assert_array_equal(again.counters.totals_MT, state.counters.totals_MT)
+    small = FeatureState.load(uri, with_counters=False)
+    assert small.encode_requests(raw, where="log").equals(state.encode_requests(raw, where="log"))
+    assert (small.counters.names, len(small.counters.keys_M)) == (state.counters.names, 0)
     second = str(tmp_path / "again")
     again.save(second)
     for file in sorted(Path(uri).iterdir()):

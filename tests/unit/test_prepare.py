@@ -116,13 +116,18 @@ def test_every_row_is_in_the_partition_of_its_user_and_in_no_other(tmp_path: Pat
 
 
 def test_the_number_of_partitions_follows_the_size_of_the_log():
-    def count(num_files: int, num_batches: int) -> int:
-        return len(partitions([{"batches": [[0, 65_535, 1 << 18]] * num_batches}] * num_files))
+    def count(num_files: int, megabytes: int) -> int:
+        width = 65_536 // megabytes
+        batches = [[number * width, (number + 1) * width - 1, 1 << 20] for number in range(megabytes)]
+        ranges = partitions([{"batches": batches}] * num_files)
+        assert max(len(one["batches"]) for one in ranges) <= num_files * (64 + 2)
+        return len(ranges)
 
     assert count(1, 1) == 2
-    assert count(6, 4) == 12
-    assert count(30, 400) == 47  # 30 files of 100 MB
-    assert count(750, 110) == 323  # 20 GB
+    assert count(6, 1) == 12
+    assert count(100, 1) == 16
+    assert count(30, 100) == 47
+    assert count(750, 27) == 317  # 20 GB
 
 
 def test_a_partition_is_about_as_large_as_asked(tmp_path: Path):
@@ -143,7 +148,7 @@ def test_files_whose_columns_differ_are_refused(tmp_path: Path):
     assert len(spilled) == 2
     with pytest.raises(DataError, match="column 'x' is int64 in one file"):
         read_partition(lambda number: str(tmp_path / f"{number}.arrow"), whole)
-    with pytest.raises(DataError, match="column 'y' is not in the same place in all files"):
+    with pytest.raises(DataError, match="column 'x' is not in the same place in all files"):
         spill(tmp_path, 2, numbers, numbers.rename_columns(["user_id", "y"]))
 
 

@@ -19,7 +19,7 @@ from raycascade.keys import fold, to_keys
 
 NUM_BUCKETS = 1 << 16  # of users, by hash
 SORT_BYTES = 64 << 20
-BATCH_BYTES = 256 << 10
+BATCH_BYTES = 128 << 10
 PARTITION_BYTES = 64 << 20
 SMALL_LOG_PARTITIONS = 16  # at most so many where fewer would do, so that a small log keeps every core busy
 

@@ -241,9 +241,8 @@ class Parts:
     """The files of one partition. Rows are sorted by day HELD_BYTES at a time; what goes beyond that gets files of its
     own, so that a partition which grows when it is encoded (long histories) stays within memory."""
 
-    def __init__(self, target: str, number: int, names: tuple[str, ...], utc_offset_hours: float, *,
-                 held_bytes: int = HELD_BYTES) -> None:
-        self._target, self._number, self._offset, self._most = target, number, utc_offset_hours, held_bytes
+    def __init__(self, target: str, number: int, names: tuple[str, ...], utc_offset_hours: float) -> None:
+        self._target, self._number, self._offset = target, number, utc_offset_hours
         self._rows = dict.fromkeys(names, 0)
         self._held: dict[str, list[pa.Table]] = defaultdict(list)
         self._bytes = self._written = 0
@@ -253,7 +252,7 @@ class Parts:
         if len(table):
             self._held[name].append(table)
             self._bytes += table.nbytes
-        if self._bytes >= self._most:
+        if self._bytes >= HELD_BYTES:
             self._write()
 
     def close(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """train: shards -> bundle, with Ray Train. The loop itself is plain PyTorch (training/loop.py)."""
 
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +39,7 @@ def train(config: Config) -> dict[str, Any]:
     cascade = Run.build(config, shards, Place()).cascade  # every mistake in the config shows here, before Ray starts
     note = storage.join(_runs_folder(config), name, "begun.json")
     _check_same_run(name, note, _identity(config, shards))
+    sys.stderr.write(f"train: run {name}; if it is interrupted, train.run={name} goes on with it\n")
     progress = _fit_on_ray(config, shards, cascade)
     save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
                 users=shards.table("users"), metrics={"train": _summary(progress), "curves": progress.curves})

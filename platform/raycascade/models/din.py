@@ -105,6 +105,7 @@ class Din(TorchModel):
         self.attention = InterestAttention(width, self.inputs.event_width, config.attention_hidden,
                                            activation=config.attention_activation, normalise=config.normalise)
         self.products, self.max_events = config.products, config.max_events
+        self.product_scale = 1.0 / config.embedding_std  # products of two embeddings start at the scale of one
         pooled = width * (2 if config.products else 1)
         self.mlp = SplitMLP(self.inputs.request_width(history=False), pooled + self.inputs.candidate_width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
@@ -128,7 +129,7 @@ class Din(TorchModel):
         target_QCD = self.inputs.as_event(candidates_QCD)
         pooled_QCD = self.attention(state, target_QCD, batch.mask_QC) @ state.events_QLD
         if self.products:
-            pooled_QCD = torch.cat([pooled_QCD, pooled_QCD * target_QCD], -1)
+            pooled_QCD = torch.cat([pooled_QCD, pooled_QCD * target_QCD * self.product_scale], -1)
         return self.mlp(state.request_QH, torch.cat([pooled_QCD, candidates_QCD], -1), batch.mask_QC)
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:

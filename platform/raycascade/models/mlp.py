@@ -32,6 +32,7 @@ class Mlp(TorchModel):
         super().__init__()
         self.inputs = FieldInputs(config, space, model="mlp")
         self.pools = GroupedHistory(self.inputs, space, config.history_by) if config.interest else None
+        self.product_scale = 1.0 / config.embedding_std  # products of two embeddings start at the scale of one
         pooled = self.pools.width if self.pools else 0
         self.mlp = SplitMLP(self.inputs.request_width(history=self.pools is None) + pooled,
                             self.inputs.candidate_width + pooled, config.hidden, num_tasks,
@@ -50,6 +51,6 @@ class Mlp(TorchModel):
         request_QH, pools_QGD = state
         x_QCD = self.inputs.candidate_matrix(batch)
         if pools_QGD is not None:
-            products_QCGD = self.inputs.as_event(x_QCD)[:, :, None] * pools_QGD[:, None]
+            products_QCGD = self.inputs.as_event(x_QCD)[:, :, None] * pools_QGD[:, None] * self.product_scale
             x_QCD = torch.cat([x_QCD, products_QCGD.flatten(2)], -1)
         return self.mlp(request_QH, x_QCD, batch.mask_QC)
