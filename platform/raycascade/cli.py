@@ -115,7 +115,7 @@ def _bundle(target: str, overrides: "list[str] | tuple[str, ...]" = ()) -> str:
         return latest(load_config(target, overrides))
     if overrides:
         raise ConfigError(f"override {overrides[0]!r}: a bundle's config is fixed; give a config in its place")
-    if "--submit" not in sys.argv:  # the cluster may see what this machine does not
+    if not any(word.startswith("--submit") for word in sys.argv):  # the cluster may see what this machine does not
         require_finished(target)  # before Ray is started for nothing
     return target
 

@@ -116,8 +116,8 @@ class FitPart:
     def _keep(self, vocabulary: str, table: pa.Table) -> None:
         """Adds up counts. A vocabulary that will be hashed whatever follows keeps only as many values as show that."""
         table = _summed([self.values[vocabulary], table]) if vocabulary in self.values else table
-        declared = (f for f in self.schema.features if isinstance(f, IdFeature) and (f.vocabulary or f.name) == vocabulary)
-        feature = next(declared)  # all that share a vocabulary agree on the limits
+        features = (feature for feature in self.schema.features if isinstance(feature, IdFeature))
+        feature = next(f for f in features if (f.vocabulary or f.name) == vocabulary)  # all that share it agree
         hashed = feature.min_count == 1 and len(table) > feature.max_values
         self.values[vocabulary] = table.slice(0, feature.max_values + 1) if hashed else table
 

@@ -181,7 +181,8 @@ class FeatureSchema(Frozen):
         for feature in self.features:
             if feature.name in RESERVED and feature.kind != "history":
                 raise ConfigError(f"schema: {feature.name!r} is a reserved column; rename the feature")
-            if not isinstance(feature, CrossFeature) and feature.side == "event" and feature.kind not in ("id", "dense", "age"):
+            on_events = not isinstance(feature, CrossFeature) and feature.side == "event"
+            if on_events and feature.kind not in ("id", "dense", "age"):
                 raise ConfigError(f"schema: event feature {feature.name!r} is of kind {feature.kind}; events carry id, "
                                   "dense and age features")
             self._check_references(feature)

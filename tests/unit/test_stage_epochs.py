@@ -219,3 +219,13 @@ def test_epochs_in_which_nothing_trains_are_refused(shards: str):
     with pytest.raises(ConfigError, match=r"train\.epochs 3: every stage ends after 2 at most; lower it"):
         Run.build(config_of(shards, epochs), Shards.open(shards), Place())
     assert np.isfinite(trained(config_of(shards, epochs, epochs=2))[1].best_valid or np.nan)
+
+
+
+def test_a_stage_with_a_rate_of_its_own_follows_the_same_schedule(shards: str):
+    config = config_of(shards, {})
+    slower = config.stages[1].model_copy(update={"lr": config.train.lr / 4})
+    config = config.model_copy(update={"stages": (config.stages[0], slower, config.stages[2])})
+    first, second, third = lr_scales(config, 10_000, 0.5).values()
+    assert second == pytest.approx(first / 4)
+    assert third == first

@@ -9,8 +9,6 @@ from typing import Any
 import raycascade.errors
 from raycascade.errors import RaycascadeError
 
-MAX_RETRIES = 3  # of a task whose process or node was lost
-
 
 def connect(address: str | None = None) -> None:
     """Connects to a cluster, or starts a local Ray that is quiet and listens on loopback. Does nothing if connected."""
@@ -49,8 +47,7 @@ def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
             return {"number": row["number"], "value": "", "error": type(error).__name__, "message": str(error)}
 
     rows = [{"number": number, "element": json.dumps(element)} for number, element in enumerate(elements)]
-    # Ray Data would run a task whose process dies (out of memory) again for ever.
-    done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(run, max_retries=MAX_RETRIES).take_all()
+    done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(run).take_all()
     done.sort(key=lambda row: row["number"])
     for row in done:
         if row["error"]:

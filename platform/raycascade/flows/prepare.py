@@ -141,7 +141,7 @@ class Spill:
         part = FitPart(dataset.schema())
         rows, first_ms, last_ms = 0, 1 << 62, -(1 << 62)
         with SpillFile(self.plan.rows_uri(number)) as file:
-            for piece, table in ((piece, table) for piece in pieces for table in dataset.read(piece)):
+            for piece, table in ((name, table) for name in pieces for table in dataset.read(name)):
                 self._check(table, dataset, piece)
                 if len(table) == 0:
                     continue

@@ -108,10 +108,12 @@ def lr_scales(config: Config, step: int, epochs_done: float) -> dict[str, float]
     its own epochs, and 0 after them: momentum and weight decay would go on without a gradient."""
     warm = min(1.0, (step + 1) / (config.train.warmup_steps + 1))
     fall = 1.0 - config.train.final_lr
-    ended = {stage.name for stage in config.stages if stage.epochs is not None and epochs_done >= stage.epochs}
-    return {stage.name: 0.0 if stage.name in ended else
-            warm * (1.0 - fall * min(1.0, epochs_done / (stage.epochs or config.train.epochs)))
-            for stage in config.stages}
+    scales = {}
+    for stage in config.stages:
+        last = stage.epochs or config.train.epochs
+        own = (stage.lr or config.train.lr) / config.train.lr
+        scales[stage.name] = own * warm * (1.0 - fall * min(1.0, epochs_done / last)) if epochs_done < last else 0.0
+    return scales
 
 
 def _saver(run: Run, progress: Progress) -> Save:
