@@ -151,8 +151,8 @@ def report(log: dict[str, int], watch: Watch, seconds: float, limit: int) -> int
     candidates = 40 * log["rows"]  # four levels of ten, the simulated log's default
     print(f"log: {log['rows']:,} requests, {candidates:,} candidate rows, {log['bytes'] / GB:.2f} GB as Arrow tables, "
           f"{log['bytes'] / limit:.1f} x the limit")
-    print(f"time: {seconds:.1f} s, {log['rows'] / seconds:,.0f} requests and {candidates / seconds:,.0f} candidate rows "
-          f"a second, simulation included ({NUM_WORKERS} workers, {os.cpu_count()} cores)")
+    print(f"time: {seconds:.1f} s, {log['rows'] / seconds:,.0f} requests and {candidates / seconds:,.0f} candidate "
+          f"rows a second, simulation included ({NUM_WORKERS} workers, {os.cpu_count()} cores)")
     peaks = ", ".join(f"{peak / GB:.2f}" for peak in sorted(watch.peaks.values(), reverse=True))
     print(f"memory: workers together {watch.sum_of_peaks / GB:.2f} GB at most (peaks of the processes: {peaks} GB), "
           f"driver {status_of('self')['VmHWM'] / GB:.2f} GB")

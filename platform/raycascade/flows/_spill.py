@@ -68,12 +68,11 @@ class SpillFile:
         self._held, self._held_bytes = [], 0
         buckets = buckets_of(table["user_id"])
         order = np.argsort(buckets, kind="stable")
+        buckets, table = buckets[order], table.take(pa.array(order)).combine_chunks()
         step = max(1, self._batch_bytes * len(table) // max(table.nbytes, 1))
-        for start in range(0, len(table), step):
-            rows = order[start:start + step]
-            batch = table.take(pa.array(rows)).combine_chunks().to_batches()[0]
+        for start, batch in zip(range(0, len(table), step), table.to_batches(step), strict=True):
             self._open().write_batch(batch)
-            self.batches.append([int(buckets[rows[0]]), int(buckets[rows[-1]]), batch.nbytes])
+            self.batches.append([int(buckets[start]), int(buckets[start + len(batch) - 1]), batch.nbytes])
 
     def _open(self) -> pa.ipc.RecordBatchFileWriter:
         if self._writer is None:

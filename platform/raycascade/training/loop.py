@@ -110,9 +110,10 @@ def lr_scales(config: Config, step: int, epochs_done: float) -> dict[str, float]
     fall = 1.0 - config.train.final_lr
     scales = {}
     for stage in config.stages:
-        last = stage.epochs or config.train.epochs
+        ended = stage.epochs is not None and epochs_done >= stage.epochs
+        share = min(1.0, epochs_done / (stage.epochs or config.train.epochs))
         own = (stage.lr or config.train.lr) / config.train.lr
-        scales[stage.name] = own * warm * (1.0 - fall * min(1.0, epochs_done / last)) if epochs_done < last else 0.0
+        scales[stage.name] = 0.0 if ended else own * warm * (1.0 - fall * share)
     return scales
 
 
