@@ -49,8 +49,9 @@ def run(arguments: list[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", 1, None)
     except Exception as error:
-        if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):  # wrong usage, as typer sees it
-            return _complain(error.format_message(), 2, error if debug else None) if str(error) else 2
+        usage = getattr(error, "format_message", None)
+        if usage is not None and getattr(error, "exit_code", None) == 2:  # wrong usage, as typer sees it
+            return _complain(usage(), 2, error if debug else None) if str(error) else 2
         if debug:
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]

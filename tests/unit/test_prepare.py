@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -111,7 +112,7 @@ def test_every_row_is_in_the_partition_of_its_user_and_in_no_other(tmp_path: Pat
     assert sum(map(len, users)) == len(set().union(*users))
     for table in found:  # a user's rows stay in the order of the log
         for user in set(table["user_id"].to_pylist()):
-            mine = table.filter(pa.compute.equal(table["user_id"], user))["row"].to_pylist()
+            mine = table.filter(pc.equal(table["user_id"], user))["row"].to_pylist()
             assert mine == sorted(mine)
 
 
