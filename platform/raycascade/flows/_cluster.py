@@ -15,6 +15,8 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Idle workers of a finished verb would keep their imports, some hundred megabytes each, through the next one.
+    os.environ.setdefault("RAY_num_workers_soft_limit", "1")
     import ray
 
     if ray.is_initialized():

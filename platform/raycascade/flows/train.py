@@ -98,13 +98,15 @@ def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
     watcher.start()
     try:
         result = trainer.fit()
+        failure: Exception | None = _user_error(board)
     except TrainingFailedError as error:
-        raise _user_error(board) or error from None
+        failure = _user_error(board) or error
     finally:
         stop.set()
         watcher.join()
-    if failure := _user_error(board):
-        raise failure
+        ray.kill(board)
+    if failure is not None:
+        raise failure from None
     assert result.checkpoint is not None, "the loop always ends with a checkpoint"
     with result.checkpoint.as_directory() as folder:
         return checkpoint.load_weights(folder, cascade)
