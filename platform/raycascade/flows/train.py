@@ -85,7 +85,7 @@ def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
 
     gpu = torch.cuda.is_available() if config.train.gpu is None else config.train.gpu
     cores = max(1, (os.cpu_count() or 1) // config.train.workers)
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
     trainer = TorchTrainer(
         _worker, train_loop_config={"config": config.model_dump(mode="json"), "threads": cores, "board": board},
         scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
