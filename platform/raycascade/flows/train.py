@@ -31,6 +31,7 @@ def train(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     shards = Shards.open(config.paths.shards)
     shards.require_split("train")
+    check_funnel(config, shards.items.num_items)
     name = config.train.run or f"run-{uuid.uuid4().hex[:10]}"
     config = config.model_copy(update={"train": config.train.model_copy(update={"run": name})})
     target = storage.join(config.paths.bundles, name)
@@ -46,6 +47,14 @@ def train(config: Config) -> dict[str, Any]:
     remember_latest(config.paths.bundles, target)
     storage.remove_folder(storage.join(_runs_folder(config), name))
     return {"bundle": target, **_summary(progress), "seconds": round(time.monotonic() - started, 2)}
+
+
+def check_funnel(config: Config, num_items: int) -> None:
+    """ConfigError where the first stage is to keep more than there is."""
+    first = config.stages[0]
+    if first.keep > num_items:
+        raise ConfigError(f"stages: {first.name!r} keeps {first.keep}, but the catalogue has {num_items} items; "
+                          "keep fewer")
 
 
 def _summary(progress: Progress) -> dict[str, Any]:
