@@ -135,8 +135,11 @@ def test_shares_of_the_requests_merge_to_the_figures_of_one_pass(
     total = workers[0].measured
     for worker in workers[1:]:
         total.merge(worker.measured)
-    # scores of another batch size differ in the last bit, which only the log loss and the calibration show
-    assert total.metrics() == pytest.approx(evaluator.measured.metrics(), abs=1e-6)
+    # Scores of another batch size differ in the last bit. That shows in the log loss, and it can move a row across the
+    # border of a calibration bin, which changes the error by the row's share of that bin.
+    merged, whole = total.metrics(), evaluator.measured.metrics()
+    assert merged.pop("calibration_error") == pytest.approx(whole.pop("calibration_error"), abs=0.01)
+    assert merged == pytest.approx(whole, abs=1e-6)
     for name, figures in evaluator.measured.baselines().items():
         assert total.baselines()[name] == pytest.approx(figures, abs=1e-9)
 
