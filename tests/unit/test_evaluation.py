@@ -28,8 +28,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def bundle(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Untrained: what it recommends is arbitrary, which is all that counting needs."""
-    # Seeded here, because a fixture is made before a test's own seed is set. These weights leave no two candidates whose
-    # scores tie at one batch size and differ in the last bit at another: NDCG averages over ties, so that it would show.
+    # Seeded here, because a fixture is made before a test's own seed is set. These weights leave no two candidates
+    # whose scores tie at one batch size and differ in the last bit at another: NDCG averages over ties and would move.
     torch.manual_seed(1)
     opened = Shards.open(shards)
     config = train_config(shards, changes={"evaluate": {"popularity_hours": 1000}})
