@@ -8,7 +8,7 @@ import torch
 
 from raycascade import storage
 from raycascade.config import Config, parse_config
-from raycascade.shards import Shards, publish, write_part
+from raycascade.shards import Shards, by_day, publish, write_part
 from raycascade.training.checkpoint import Progress
 from raycascade.training.loop import Place, Run, Save, fit
 from tests.tiny_world import encoded_users, fitted, raw_items, raw_requests
@@ -23,8 +23,11 @@ STAGES = [
 POINTWISE = {"name": "bce", "label": "click", "entry_levels": [0, 0, 0]}
 
 
-def write_shards(root: str, *, num_files: int = 4) -> str:
-    """150 requests for training in so many files (a worker reads whole files), 25 each to validate and to test."""
+def write_shards(root: str, *, num_files: int = 4, daily: bool = False) -> str:
+    """150 requests for training in so many files (a worker reads whole files), 25 each to validate and to test.
+
+    `daily`: no row group spans two days, as `prepare` writes them; the days are 1 to 6 January 2024.
+    """
     state, raw = fitted(), raw_requests()
     encoded = state.encode_requests(raw, where="tiny")
     folder = storage.join(root, "v-1")
@@ -33,7 +36,7 @@ def write_shards(root: str, *, num_files: int = 4) -> str:
     for split, positions in SPLITS.items():
         rows = np.flatnonzero(np.isin(np.arange(len(raw)) % 8, list(positions)))
         parts = np.array_split(rows, num_files if split == "train" else 2)
-        counts[split] = sum(_written(folder, f"requests/{split}", i, encoded.take(part))
+        counts[split] = sum(_written(folder, f"requests/{split}", i, encoded.take(part), daily=daily)
                             for i, part in enumerate(parts))
     _written(folder, "items", 0, state.encode_items(raw_items(), where="tiny"))
     _written(folder, "users", 0, encoded_users(state))
@@ -41,8 +44,9 @@ def write_shards(root: str, *, num_files: int = 4) -> str:
     return root
 
 
-def _written(folder: str, prefix: str, number: int, table: pa.Table) -> int:
-    return write_part(storage.join(folder, prefix, f"part-{number:05d}.parquet"), iter([table]))
+def _written(folder: str, prefix: str, number: int, table: pa.Table, *, daily: bool = False) -> int:
+    tables = by_day(table, utc_offset_hours=0.0) if daily else iter([table])
+    return write_part(storage.join(folder, prefix, f"part-{number:05d}.parquet"), tables)
 
 
 def train_config(

@@ -3,6 +3,7 @@
 Exit status 0 = done, 1 = failed, 2 = wrong usage or input, with one line on standard error.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raycascade.errors import ConfigError, RaycascadeError
+from raycascade.errors import ComparisonError, ConfigError, RaycascadeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Train, evaluate, score and serve recommendation cascades as one system on Ray.")
@@ -30,11 +31,15 @@ Submit = Annotated[
     str | None, typer.Option("--submit", metavar="URL", help="send this command to a cluster as a Ray job")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+INTERRUPTED = 130  # what typer returns for Ctrl-C
 
 
 def main() -> None:
     """The console script: runs a verb and turns errors into one line and an exit status."""
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stdout = sys.stderr  # so that nothing Ray may still say comes behind the result
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -43,7 +48,8 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore")
     debug = "--debug" in arguments
     try:
-        app(args=arguments, standalone_mode=False)
+        if app(args=arguments, standalone_mode=False) == INTERRUPTED:
+            return _complain("interrupted", 1, None)
     except RaycascadeError as error:
         return _complain(str(error), error.exit_status, error if debug else None)
     except (typer.Abort, KeyboardInterrupt):
@@ -69,8 +75,11 @@ def _complain(message: str, status: int, error: Exception | None) -> int:
     return status
 
 
-def _finish(result: dict[str, Any], *, as_json: bool) -> None:
-    """Prints the result: one JSON line, or a table for a person."""
+Sheets = Callable[[dict[str, Any]], list[tuple[str, list[str], list[list[str]]]]]
+
+
+def _finish(result: dict[str, Any], *, as_json: bool, sheets: Sheets | None = None) -> None:
+    """Prints the result: one JSON line, or tables for a person (`sheets` makes them, else keys and values)."""
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
@@ -78,6 +87,13 @@ def _finish(result: dict[str, Any], *, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    for title, columns, lines in sheets(result) if sheets else []:
+        table = Table(*columns, title=title, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    if sheets:
+        result = {key: value for key, value in result.items() if isinstance(value, str)}
     for title, rows in _sections(result):
         table = Table(title=title or None, title_justify="left", show_header=False)
         for key, value in rows:
@@ -95,7 +111,10 @@ def _sections(result: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]
     return sections
 
 
-def _verb(work: Callable[[], dict[str, Any]], *, as_json: bool, address: str | None, submit: str | None) -> None:
+def _verb(
+    work: Callable[[], dict[str, Any]], *, as_json: bool, address: str | None, submit: str | None,
+    sheets: Sheets | None = None,
+) -> None:
     """Runs a verb here on Ray, or sends the same command line to a cluster."""
     if submit:
         from raycascade.flows.submit import submit_job
@@ -104,7 +123,9 @@ def _verb(work: Callable[[], dict[str, Any]], *, as_json: bool, address: str | N
     from raycascade.flows._cluster import connect
 
     connect(address)
-    _finish(work(), as_json=as_json)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray tells of workers that die on standard output
+        result = work()
+    _finish(result, as_json=as_json, sheets=sheets)
 
 
 def _bundle(target: str, overrides: "list[str] | tuple[str, ...]" = ()) -> str:
@@ -162,6 +183,37 @@ def evaluate(
 
     uri = _bundle(bundle, overrides or ())
     _verb(lambda: flow.evaluate(uri, split=split), as_json=as_json, address=address, submit=submit)
+
+
+@app.command()
+def compare(
+    config: ConfigPath, overrides: Overrides = None,
+    losses: Annotated[str, typer.Option("--losses", help="losses, or labels of compare.objectives: a,b")] = "",
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="default: compare.seeds")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="test on each day, then train on it")] = False,
+    out: Annotated[str | None, typer.Option("--out", help="folder; default: _compare below paths.bundles")] = None,
+    as_json: Json = False, address: Address = None, submit: Submit = None, debug: Debug = False,
+) -> None:
+    """Compare objectives over seeds: mean, deviation, paired t-test, table and plot. Finished runs are kept."""
+    del debug
+    from raycascade.comparison import chosen
+    from raycascade.comparison_page import sheets
+    from raycascade.config import load_config
+    from raycascade.flows import compare as flow
+
+    named = [name.strip() for name in losses.split(",") if name.strip()]
+    loaded = chosen(load_config(config, overrides or ()), losses=named, seeds=seeds)
+    failed: list[str] = []
+
+    def work() -> dict[str, Any]:
+        result = flow.compare(loaded, streaming=streaming, out=out)
+        failed.extend(f"{run}: {problem}" for run, problem in result["failed"].items())
+        return result
+
+    _verb(work, as_json=as_json, address=address, submit=submit, sheets=sheets)
+    if failed:
+        raise ComparisonError(f"compare: {len(failed)} runs failed ({failed[0]}); the figures are those of the others; "
+                              "the same command tries the failed ones again")
 
 
 @app.command()

@@ -146,6 +146,21 @@ class Evaluate(Frozen):
     popularity_hours: int = Option(default=72, ge=1)
 
 
+class Compare(Frozen):
+    """What `compare` compares: objectives by label, each with the seeds train.seed, train.seed + 1 and so on.
+
+    `baseline` is the label every other one is tested against (None: the best of the others); `metric` decides which is
+    best (None: joint recall at the last quota). Every run has `cpus_per_run` threads and, where there is a GPU,
+    `gpus_per_run` of it."""
+
+    objectives: dict[str, dict[str, Any]] = {}
+    seeds: int = Option(default=5, ge=1)
+    baseline: str | None = None
+    metric: str | None = None
+    cpus_per_run: int = Option(default=1, ge=1)
+    gpus_per_run: float = Option(default=1.0, gt=0, le=1)
+
+
 class Config(Frozen):
     """Everything a run needs; saved resolved in the bundle."""
 
@@ -158,6 +173,7 @@ class Config(Frozen):
     lists: Lists = Lists()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
     expect: dict[str, float] = {}
 
     @model_validator(mode="after")
@@ -183,6 +199,8 @@ class Config(Frozen):
             raise ConfigError(f"stages.0 ({self.stages[0].name}): prior needs a stage before it; remove it")
         for folder, spec in (("datasets", self.dataset), ("losses", self.loss), ("indexes", self.index)):
             plugins.options(folder, spec, {"datasets": "dataset", "losses": "loss", "indexes": "index"}[folder])
+        for label, spec in self.compare.objectives.items():
+            plugins.options("losses", spec, f"compare.objectives.{label}")
         return self
 
     @property
@@ -230,7 +248,7 @@ def _problem(error: ValidationError) -> str:
     for part in path:
         if isinstance(part, str) and part in model.model_fields:
             model = {"paths": Paths, "splits": Splits, "stages": Stage, "lists": Lists, "train": Train,
-                     "evaluate": Evaluate, "negatives": Negatives}.get(part, model)
+                     "evaluate": Evaluate, "negatives": Negatives, "compare": Compare}.get(part, model)
     return plugins.first_problem(error, model)
 
 

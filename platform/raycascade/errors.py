@@ -5,7 +5,8 @@
     |- DataError         a raw log, an items table or a request
     |- ShardError        shards that are missing, unfinished or damaged
     |- BundleError       a bundle that is missing, damaged or of another version
-    `- ExpectationError  a run that finished below the figures its config expects (exit status 1)
+    |- ExpectationError  a run that finished below the figures its config expects (exit status 1)
+    `- ComparisonError   a comparison of which runs failed (exit status 1)
 
 A message says what was wrong, what was seen and what to do. Our own bugs raise anything else.
 """
@@ -35,5 +36,11 @@ class BundleError(RaycascadeError):
 
 class ExpectationError(RaycascadeError):
     """A run that finished, but below the figures its config expects."""
+
+    exit_status = 1
+
+
+class ComparisonError(RaycascadeError):
+    """A comparison that finished, but some of its runs failed."""
 
     exit_status = 1

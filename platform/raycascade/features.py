@@ -39,7 +39,7 @@ from raycascade.schema import (
     near_miss,
 )
 
-CLOCK_SIZES = {"hour": 24, "weekday": 7}
+CLOCK_SIZES = {"weekday": 7, "hour": 24, "minute": 60}
 DENSE_LIMIT = 5.0  # normalised values are clipped to +-5
 
 
@@ -70,7 +70,9 @@ def signed_log(values: np.ndarray) -> np.ndarray:
 
 
 def clock_rows(time_ms: np.ndarray, feature: ClockFeature) -> np.ndarray:
-    """Embedding rows of the hour or the weekday (0 = Monday) of a time."""
+    """Embedding rows of the weekday (0 = Monday), the hour or the minute of a time."""
+    if feature.part == "minute":
+        return FIRST_ROW + np.floor(time_ms / 60_000 + feature.utc_offset_hours * 60).astype(np.int64) % 60
     hours = np.floor(time_ms / 3_600_000 + feature.utc_offset_hours).astype(np.int64)
     return FIRST_ROW + (hours % 24 if feature.part == "hour" else (hours // 24 + 3) % 7)
 
@@ -140,7 +142,8 @@ class FeatureState:
         if isinstance(feature, CrossFeature):
             return [Field(name=name, side=side, form="id", table=name, num_rows=FIRST_ROW + feature.buckets)]
         if isinstance(feature, ClockFeature):
-            return [Field(name=name, side=side, form="id", table=name, num_rows=FIRST_ROW + CLOCK_SIZES[feature.part])]
+            return [Field(name=name, side=side, form="id", table=feature.table or name,
+                          num_rows=FIRST_ROW + CLOCK_SIZES[feature.part])]
         if isinstance(feature, AgeFeature):
             return [Field(name=name, side=side, form="id", table=name, num_rows=FIRST_ROW + NUM_AGE_BUCKETS)]
         if isinstance(feature, VectorFeature):
@@ -257,6 +260,11 @@ class FeatureState:
             elif isinstance(feature, AgeFeature):
                 require_columns(table, [feature.source], where=where)
                 columns[f"{feature.name}_source_ms"] = pc.fill_null(table[feature.source].cast(pa.int64()), 0)
+            elif isinstance(feature, ClockFeature):
+                require_columns(table, [feature.source], where=where)
+                source_ms = pc.fill_null(table[feature.source].cast(pa.int64()), 0).to_numpy()
+                rows = np.where(source_ms > 0, clock_rows(source_ms, feature), UNKNOWN)
+                columns[feature.name] = pa.array(rows.astype(np.int32))
         return pa.table(columns)
 
     # ---- files

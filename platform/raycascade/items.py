@@ -15,6 +15,7 @@ from raycascade.schema import (
     NUM_AGE_BUCKETS,
     UNKNOWN,
     AgeFeature,
+    ClockFeature,
     CountFeature,
     DenseFeature,
     IdFeature,
@@ -45,7 +46,7 @@ class ItemTable:
             elif isinstance(feature, IdsFeature):
                 values, _ = Ragged.from_arrow(table[feature.name]).pad(feature.max_len, np.int32)
                 static[feature.name] = _with_special_rows(values, 0)
-            elif isinstance(feature, IdFeature):
+            elif isinstance(feature, IdFeature | ClockFeature):
                 static[feature.name] = _with_special_rows(table[feature.name].to_numpy(), 1)
             elif isinstance(feature, VectorFeature):
                 flat = table[feature.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from raycascade.batch import Targets
 from raycascade.errors import DataError
 from raycascade.keys import fold, to_keys
+from raycascade.selection import coordination, first, funnel
 from raycascade.truth import top_k_membership
 
 SEED = 1024
@@ -37,25 +38,6 @@ def _keys(ids: "Sequence[object] | Tensor | np.ndarray") -> np.ndarray:
     if isinstance(ids, Tensor):
         return ids.cpu().numpy().astype(np.int64)
     return to_keys(pa.array(ids) if isinstance(ids, np.ndarray) else pa.array(list(ids)))
-
-
-def ranks(scores_QC: np.ndarray, keys_QC: np.ndarray, alive_QC: np.ndarray) -> np.ndarray:
-    """Rank of every candidate from 0 = first by (score descending, key ascending); those not alive come last."""
-    order_QC = np.lexsort((keys_QC, -np.where(alive_QC, scores_QC, 0.0), ~alive_QC), axis=-1)
-    ranks_QC = np.empty_like(order_QC)
-    np.put_along_axis(ranks_QC, order_QC, np.arange(order_QC.shape[1])[None, :], axis=1)
-    return ranks_QC
-
-
-def funnel(
-    scores: Mapping[str, np.ndarray], quotas: Sequence[int], keys_QC: np.ndarray, mask_QC: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Who is left after each stage, bool [Q, C]: the first min(quota, left) of those the stage before left."""
-    left_QC, survivors = mask_QC, {}
-    for (stage, scores_QC), quota in zip(scores.items(), quotas, strict=True):
-        left_QC = left_QC & (ranks(scores_QC, keys_QC, left_QC) < quota)
-        survivors[stage] = left_QC
-    return survivors
 
 
 def ndcg(scores_QC: np.ndarray, gains_QC: np.ndarray, mask_QC: np.ndarray, k: int) -> np.ndarray:
@@ -104,8 +86,9 @@ class ListMetrics:
     """Metrics of a cascade on logged lists; `quotas` are the widths of the stages on the list, the truth is the best k.
 
     Names, for k = 10 and quotas (30, 20): `joint_recall@10@20`; `survival@10@30/<stage>`, the truth left after each
-    stage of the cascade; `recall@10@30/<stage>`, a stage alone on the full list; `ndcg@10/<stage>`. All are means over
-    requests; requests without candidates are counted in `num_skipped`.
+    stage of the cascade; `recall@10@30/<stage>`, a stage alone on the full list; `ndcg@10/<stage>`; and how the stages
+    go together: `lost/<stage>`, `lost_wanted/<stage>`, `lost_wanted/<stage>/<later stage>`, `wasted/<stage>`
+    (`selection.coordination`). All are means over requests; requests without candidates are counted in `num_skipped`.
 
     `batch_means`: the mean of the means of batches of exactly this many requests, shorter ones dropped, as published
     figures of LCRON are made. It depends on the batching by definition.
@@ -160,12 +143,13 @@ class ListMetrics:
         size_Q = np.maximum(truth_QC.sum(axis=1), np.finfo(np.float64).tiny)
         survivors, values = funnel(scores, self.quotas, keys_QC, mask_QC), {}
         for stage, quota in zip(self.stage_names, self.quotas, strict=True):
-            first_QC = mask_QC & (ranks(scores[stage], keys_QC, mask_QC) < quota)
+            first_QC = first(scores[stage], quota, keys_QC, mask_QC)
             values[f"survival@{self.k}@{quota}/{stage}"] = np.where(survivors[stage], truth_QC, 0).sum(axis=1) / size_Q
             values[f"recall@{self.k}@{quota}/{stage}"] = np.where(first_QC, truth_QC, 0).sum(axis=1) / size_Q
             values[f"ndcg@{self.k}/{stage}"] = ndcg(scores[stage], gains_QC, mask_QC, self.k)
         joint = f"joint_recall@{self.k}@{self.quotas[-1]}"
-        return {joint: values[f"survival@{self.k}@{self.quotas[-1]}/{self.stage_names[-1]}"], **values}
+        last = values[f"survival@{self.k}@{self.quotas[-1]}/{self.stage_names[-1]}"]
+        return {joint: last, **values, **coordination(scores, self.quotas, keys_QC, mask_QC, truth_QC, survivors)}
 
     def _add(self, name: str, values_Q: np.ndarray) -> None:
         if self.batch_means is None:

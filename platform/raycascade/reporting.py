@@ -1,13 +1,13 @@
 """What a bundle and its measures look like on the report page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from raycascade import storage
 from raycascade.bundle import Bundle
 from raycascade.evaluation import Measured
-from raycascade.report import CalibrationBin, Report, StageResult, SurvivalPoint
+from raycascade.report import CalibrationBin, Report, StageLosses, StageResult, SurvivalPoint
 
 
 def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> Report:
@@ -31,6 +31,7 @@ def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> 
         headline=[name for name in (*_headline(bundle), "auc") if name in metrics],
         survival=_survival(bundle, metrics, baselines), stages=_stages(bundle, measured, metrics),
         kept_to_the_end=int(recall.hits.get(f"recall@{bundle.cascade.keeps[-1]}", 0)) if recall.positives else None,
+        losses=stage_losses(bundle.cascade.names, bundle.cascade.quotas, metrics),
         calibration=_calibration(bundle, measured),
         curves={name: points for name, points in curves.items() if name not in validation}, validation=validation,
         metrics=metrics, baselines=baselines, facts=facts,
@@ -66,6 +67,20 @@ def _stages(bundle: Bundle, measured: Measured, metrics: dict[str, float]) -> li
             lost=int(arriving - left) if left is not None else None))
         arriving = left if left is not None else arriving
     return rows
+
+
+def stage_losses(names: Sequence[str], quotas: Sequence[int], metrics: Mapping[str, float]) -> list[StageLosses]:
+    """The losses on logged lists (`selection.coordination`) by stage; empty if no list was measured."""
+    found, entered = [], 1.0
+    for position, (name, quota) in enumerate(zip(names, quotas, strict=True)):
+        if f"lost/{name}" not in metrics:
+            return []
+        wanted_by = {later: metrics[f"lost_wanted/{name}/{later}"] for later in names[position + 1:]}
+        lost = metrics[f"lost/{name}"]
+        found.append(StageLosses(name, quota, entered, lost, wanted=metrics.get(f"lost_wanted/{name}"),
+                                 wanted_by=wanted_by, wasted=metrics.get(f"wasted/{name}")))
+        entered -= lost
+    return found
 
 
 def _calibration(bundle: Bundle, measured: Measured) -> dict[str, Sequence[CalibrationBin]]:

@@ -89,13 +89,26 @@ class HistoryFeature(Frozen):
 
 
 class ClockFeature(Frozen):
-    """Hour of the day (24) or day of the week (7) of the request's time in a fixed zone, as an id."""
+    """Weekday (7), hour of the day (24) or minute of the hour (60) of a time in a fixed zone, as an id.
+
+    Side context: the request's time. Side item: `source`, a column of the items table in Unix milliseconds. Clocks of
+    one part that name the same `table` share its embedding.
+    """
 
     kind: Literal["clock"] = "clock"
     name: str
-    side: Literal["context"] = "context"
-    part: Literal["hour", "weekday"]
+    side: Literal["context", "item"] = "context"
+    part: Literal["weekday", "hour", "minute"]
     utc_offset_hours: float = 0.0
+    source: str = ""
+    table: str = ""  # empty: the feature's own name
+
+    @model_validator(mode="after")
+    def _source_of_items(self) -> "ClockFeature":
+        if (self.side == "item") != bool(self.source):
+            raise ConfigError(f"schema: clock {self.name!r} of side {self.side} has source {self.source!r}; a clock of "
+                              "side item needs a source, one of side context reads the request's time")
+        return self
 
 
 class AgeFeature(Frozen):
@@ -187,6 +200,7 @@ class FeatureSchema(Frozen):
                                   "dense and age features")
             self._check_references(feature)
         self._check_vocabularies()
+        self._check_clock_tables()
         if self.positive and self.positive not in self.labels:
             raise ConfigError(f"schema: positive {self.positive!r} is not a label; labels are {list(self.labels)}")
         return self
@@ -200,6 +214,17 @@ class FeatureSchema(Frozen):
                     if getattr(feature, option) != getattr(other, option):
                         raise ConfigError(f"schema: {other.name!r} and {feature.name!r} share a vocabulary but differ "
                                           f"in {option}; give both the same, or vocabularies of their own")
+
+    def _check_clock_tables(self) -> None:
+        owners = {f.vocabulary or f.name: "id" for f in self.features if isinstance(f, IdFeature)}
+        owners |= {f.name: "cross" for f in self.features if isinstance(f, CrossFeature)}
+        owners |= {f.name: "age" for f in self.features if isinstance(f, AgeFeature)}
+        for feature in self.features:
+            if isinstance(feature, ClockFeature):
+                table = feature.table or feature.name
+                if owners.setdefault(table, feature.part) != feature.part:
+                    raise ConfigError(f"schema: clock {feature.name!r} of part {feature.part} shares the table "
+                                      f"{table!r} with a feature of {owners[table]}; name another table")
 
     def _check_references(self, feature: "Feature") -> None:
         ids = {f.name for f in self.features if f.kind in ("id", "ids")}

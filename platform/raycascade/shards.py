@@ -7,6 +7,8 @@ Readers open only what the manifest names, so a half-written version is invisibl
 helpers, reader and version stand here.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,6 +178,18 @@ class Shards:
         first_ms = self.manifest["files"][name]["row_groups"][group][1]
         return (first_ms + int(self.state.schema.utc_offset_hours * 3_600_000)) // DAY_MS
 
+    def days(self) -> dict[int, list[tuple[str, int, int]]]:
+        """The row groups of all splits by day (counted from 1970-01-01 in the schema's zone), in order of time."""
+        days: dict[int, list[tuple[str, int, int]]] = {}
+        for name, group, rows in (found for split in self.splits for found in self.groups(split)):
+            days.setdefault(self.day_of(name, group), []).append((name, group, rows))
+        return dict(sorted(days.items()))
+
+    def digest(self) -> str:
+        """A hash of all that the shards hold; the same after another `prepare` that made the same files."""
+        files = sorted((name, facts["sha256"]) for name, facts in self.manifest["files"].items())
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
     def read_group(self, name: str, group: int) -> pa.Table:
         """One row group; ShardError if the file is damaged."""
         return self._read(name, group)
@@ -193,6 +207,7 @@ class ShardReader:
 
     `in_time` takes the days in order and shuffles within each, so that a model is always ahead of what it has seen.
     Every worker reads its own row groups, and all workers make the same number of steps. `batch_size` is per worker.
+    With `only`, these row groups are read instead of a split's, of which `split` is then a name for messages.
     """
 
     shards: Shards
@@ -203,10 +218,11 @@ class ShardReader:
     world_size: int = 1
     shuffle: bool = True
     in_time: bool = False
+    only: tuple[tuple[str, int, int], ...] | None = None
 
     def _plan(self, epoch: int) -> list[list[tuple[str, int, int]]]:
         """Row groups per worker for an epoch: the largest next group to the worker with the fewest rows."""
-        groups = self.shards.groups(self.split)
+        groups = self.shards.groups(self.split) if self.only is None else list(self.only)
         order = range(len(groups))
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))

@@ -1,16 +1,25 @@
 """Every file in losses/ is held to this: what must be true of any objective, with its default options."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from raycascade import plugins
+from raycascade.batch import collate
+from raycascade.errors import ConfigError
 from raycascade.losses import LossOutput
+from raycascade.shards import Shards
+from raycascade.training.loop import Place, Run
 from tests.objective_lists import CASE_A, CASE_C, CASE_P2, CASE_P3, ListCase, deep_case, list_case, loss_of
+from tests.tiny_shards import train_config, write_shards
 
 NAMES = plugins.names("losses")
+SORTING = ("arf", "arf_v2", "lcron")  # with trained weights; their temperatures suit lists of forty
+ABSOLUTE = ("bce", "icc", "rankflow")  # read the score itself; to all others only differences inside a list matter
 CASES = {"C": CASE_C, "P2": CASE_P2, "P3": CASE_P3}
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
@@ -155,3 +164,69 @@ def test_a_step_against_the_gradient_lowers_the_total(name: str):
     step = 1e-3 / max(gradient_QC.norm().item() for gradient_QC in gradients)
     moved = {stage: s - step * g for (stage, s), g in zip(case.scores.items(), gradients, strict=True)}
     assert _run(name, case.with_scores(moved))[0].total.item() < before.total.item()
+
+
+def test_a_constant_per_request_and_stage_matters_only_where_the_score_itself_is_read(name: str):
+    shifts = dict(zip(CASE_P3.stage_names, torch.tensor([[[4.0], [-7.0]], [[-2.5], [11.0]], [[0.3], [9.0]]]),
+                      strict=True))
+    moved = CASE_P3.with_scores({stage: s + shifts[stage] for stage, s in CASE_P3.scores.items()})
+    before, gradients = _run(name, CASE_P3)
+    after, moved_gradients = _run(name, moved)
+    unchanged = after.total.item() == pytest.approx(before.total.item(), abs=1e-6)
+    assert unchanged == (name not in ABSOLUTE)
+    sums = [gradient_QC.sum(dim=1).abs().max().item() for gradient_QC in gradients + moved_gradients]
+    assert (max(sums) < 1e-9) == (name not in ABSOLUTE)
+
+
+def test_a_single_stage_is_trained_or_refused_in_clear_words(name: str):
+    one = CASE_A.with_scores({"retriever": CASE_A.scores["retriever"]})
+    if plugins.find("losses", name).min_stages == 1:
+        assert _run(name, one)[0].total.isfinite()
+    else:
+        with pytest.raises(ConfigError, match=r"joins at least 2 stages, got \['retriever'\]; use bce or softmax"):
+            loss_of(name, one)
+
+
+def test_everything_trained_is_a_log_variance_in_the_state(name: str):
+    loss = loss_of(name, CASE_P3)
+    parameters = dict(loss.named_parameters())
+    assert set(loss.state_dict()) == set(parameters)
+    for parameter, value in parameters.items():
+        assert "log_var/" in parameter
+        assert (value.ndim, value.dtype, value.item()) == (0, torch.float32, 0.0)
+    weighted = {part for part in _run(name, CASE_P3)[0].parts if part.startswith("log_var/")}
+    assert {parameter.partition(".")[2] for parameter in parameters} == weighted
+    assert bool(parameters) == (name in SORTING)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shards(str(tmp_path_factory.mktemp("deep") / "s"))
+
+
+FIVE = [
+    {"name": stage, "keep": keep, "exclude": ["pair"] if model == "two_tower" else [],
+     "model": {"name": model, "dim": 4, "hidden": [8]}}
+    for stage, keep, model in (("retriever", 50, "two_tower"), ("filter", 40, "mlp"), ("pre_ranker", 30, "mlp"),
+                               ("ranker", 20, "din"), ("re_ranker", 10, "mlp"))
+]
+
+
+def test_a_cascade_of_five_stages_trains(name: str, shards: str):
+    lists: dict[str, Any] = {"lists": {"k": 2, "quotas": [5, 4, 4, 3, 3]}}  # lists of six, at most one level deep
+    options = {"bce": {"entry_levels": [0] * 5}}.get(name, {"temperature": 1.0} if name in SORTING else {})
+    config = train_config(shards, stages=FIVE, loss={"name": name, **options}, changes=lists, train={"lr": 0.02})
+    run = Run.build(config, Shards.open(shards), Place())
+    batch = collate(run.shards.table("requests/train").slice(0, 48), run.shards.items, keep=run.cascade.quotas, k=2)
+    start = {stage: [p.detach().clone() for p in model.parameters()] for stage, model in run.cascade.models.items()}
+    totals = []
+    for _ in range(20):
+        run.optimisers.zero()
+        output = run.objective(run.cascade, batch, run.catalogue, np.random.default_rng(0))
+        output.total.backward()
+        run.optimisers.step()
+        totals.append(output.total.item())
+    assert totals[-1] < totals[0] - 0.01 * abs(totals[0])
+    for stage, model in run.cascade.models.items():
+        changed = [not torch.equal(now, then) for now, then in zip(model.parameters(), start[stage], strict=True)]
+        assert any(changed), f"{stage} did not learn"

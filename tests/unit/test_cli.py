@@ -17,7 +17,7 @@ def prepare_gives(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def set_result(result: Any) -> None:
         def flow(config: object) -> Any:
-            if isinstance(result, Exception):
+            if isinstance(result, BaseException):
                 raise result
             return result
 
@@ -32,6 +32,7 @@ DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 
 @pytest.mark.parametrize("arguments", [
     ["bogus"], ["train"], ["score", "x", "--requests"], ["prepare", "nothing.yaml"], ["prepare", DEMO, "train.epocs=2"],
+    ["compare", DEMO], ["compare", DEMO, "--losses", "bce,lcorn"], ["compare", DEMO, "--losses", "bce", "--seeds", "0"],
     ["prepare", DEMO, "no-equals-sign"], ["evaluate", "/no/such/bundle"], ["evaluate", "/no/such/bundle", "train.lr=1"],
     ["explain", "/no/such/bundle", "--user", "1", "--item", "2"],
 ])
@@ -60,14 +61,28 @@ def test_without_json_the_result_is_a_table(prepare_gives: Any, capsys: pytest.C
 @pytest.mark.parametrize(("problem", "status", "said"), [
     (DataError("log.csv: two\nlines"), 2, "raycascade: log.csv: two lines\n"),
     (ExpectationError("below"), 1, "raycascade: below\n"),
+    (KeyboardInterrupt(), 1, "raycascade: interrupted\n"),
     (RuntimeError("a bug"), 1, "raycascade: RuntimeError: a bug (run again with --debug for the traceback)\n"),
 ])
 def test_errors_have_their_status_and_one_line(
-    problem: Exception, status: int, said: str, prepare_gives: Any, capsys: pytest.CaptureFixture[str]
+    problem: BaseException, status: int, said: str, prepare_gives: Any, capsys: pytest.CaptureFixture[str]
 ):
     prepare_gives(problem)
     assert cli.run(["prepare", DEMO]) == status
     assert capsys.readouterr().err == said
+
+
+def test_what_others_print_while_a_verb_works_goes_to_standard_error(
+    prepare_gives: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from raycascade.flows import prepare
+
+    prepare_gives({})
+    monkeypatch.setattr(prepare, "prepare", lambda config: print("(raylet) a worker died") or {"items": 1})
+    assert cli.run(["prepare", DEMO, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == '{"items": 1}\n'
+    assert "worker died" in printed.err
 
 
 def test_debug_shows_the_traceback(prepare_gives: Any, capsys: pytest.CaptureFixture[str]):

@@ -28,7 +28,7 @@ FOLDERS = {"dataset": "datasets", "model": "models", "loss": "losses", "index": 
 SECTIONS = {
     "Whole config": config.Config, "`paths`": config.Paths, "`splits`": config.Splits, "`stages`": config.Stage,
     "`lists`": config.Lists, "`train`": config.Train, "`train.negatives`": config.Negatives,
-    "`evaluate`": config.Evaluate,
+    "`evaluate`": config.Evaluate, "`compare`": config.Compare,
     **{f"`{word}: {{name: {name}}}`": plugins.find(folder, name).Config
        for word, folder in FOLDERS.items() for name in plugins.names(folder)},
 }

@@ -13,7 +13,7 @@ from raycascade.cascade import Cascade
 from raycascade.errors import BundleError, ExpectationError
 from raycascade.evaluation import CatalogueRecall, Evaluator, Popularity, count_hits, excluded_mask
 from raycascade.flows.evaluate import check_expectations, check_same_features, limited
-from raycascade.reporting import describe
+from raycascade.reporting import describe, stage_losses
 from raycascade.shards import Shards
 from tests.tiny_shards import train_config, write_shards
 
@@ -197,6 +197,19 @@ def test_max_requests_takes_whole_row_groups_from_the_front():
     assert limited(groups, 10) == groups[:1]
     assert limited(groups, 11) == groups[:2]
     assert limited(groups, 99) == groups
+
+
+def test_the_report_says_where_the_truth_of_lists_is_lost_and_who_wanted_it(bundle: Bundle, evaluator: Evaluator):
+    metrics = evaluator.measured.metrics()
+    losses = describe(bundle, evaluator.measured, split="train", moment="2024-01-09").losses
+    assert [stage.stage for stage in losses] == ["retriever", "pre_ranker", "ranker"]
+    assert [stage.lost for stage in losses] == [metrics[f"lost/{stage.stage}"] for stage in losses]
+    joint = next(value for name, value in metrics.items() if name.startswith("joint_recall@"))
+    assert losses[-1].entered - losses[-1].lost == pytest.approx(joint, abs=1e-9)
+    assert [list(stage.wanted_by) for stage in losses] == [["pre_ranker", "ranker"], ["ranker"], []]
+    assert losses[1].wanted == losses[1].wanted_by["ranker"] == metrics["lost_wanted/pre_ranker/ranker"]
+    assert (losses[-1].wanted, losses[-1].wasted) == (None, None)
+    assert stage_losses(("retriever",), (3,), {}) == []
 
 
 def test_the_report_holds_each_stage_against_the_one_before_at_the_same_cut(bundle: Bundle, evaluator: Evaluator):

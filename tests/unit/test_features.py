@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raycascade.errors import DataError
+from raycascade.errors import ConfigError, DataError
 from raycascade.features import (
     DenseStats,
     FeatureState,
@@ -17,7 +17,7 @@ from raycascade.features import (
     normalise,
 )
 from raycascade.fitting import FitPart
-from raycascade.items import age_rows
+from raycascade.items import ItemTable, age_rows
 from raycascade.keys import Vocabulary, fold, hash_rows, mix, to_keys
 from raycascade.schema import ClockFeature, FeatureSchema
 from tests import tiny_world
@@ -283,6 +283,41 @@ def test_clocks_give_the_hour_and_the_weekday_of_the_zone():
     assert (clock_rows(times, hour[5.5]) - 2).tolist() == [5, 6, 6, 5, 5]
     assert (clock_rows(times, day[0]) - 2).tolist() == [0, 0, 0, 6, 6]
     assert (clock_rows(times, day[8]) - 2).tolist() == [0, 0, 0, 0, 6]
+
+
+def test_the_minute_of_a_zone_and_of_an_item_is_worked_out_by_hand():
+    monday = 1_704_067_200_000
+    times = np.array([monday, monday + 59_999, monday + 61_000, monday - 1])
+    minute = {h: ClockFeature(name="m", part="minute", utc_offset_hours=h) for h in (0, 8, 5.75)}
+    assert (clock_rows(times, minute[0]) - 2).tolist() == [0, 0, 1, 59]
+    assert (clock_rows(times, minute[8]) - 2).tolist() == [0, 0, 1, 59]
+    assert (clock_rows(times, minute[5.75]) - 2).tolist() == [45, 45, 46, 44]
+
+
+def test_an_items_clock_reads_its_source_and_shares_the_table_of_the_requests():
+    schema = FeatureSchema(features=(
+        ClockFeature(name="hour", part="hour"),
+        ClockFeature(name="born_hour", part="hour", side="item", source="born_ms", table="hour", utc_offset_hours=8)))
+    items = pa.table({"item_id": [1, 2, 3], "born_ms": pa.array([1_704_067_200_000, 0, None], pa.int64())})
+    state = FitPart(schema).finish(items, as_of_ms=0)
+    assert state.encode_items(items, where="items")["born_hour"].to_pylist() == [2 + 8, 1, 1]
+    assert [(f.name, f.side, f.table, f.num_rows) for f in state.space.fields] == [
+        ("hour", "request", "hour", 26), ("born_hour", "item", "hour", 26)]
+    table = ItemTable.from_encoded(state.encode_items(items, where="items"), state)
+    assert table.fields(np.array([0, 1, 2]), 0)["born_hour"].tolist() == [0, 1, 10]
+
+
+@pytest.mark.parametrize(("clock", "words"), [
+    ({"side": "item"}, "side item needs a source"),
+    ({"side": "context", "source": "born_ms"}, "one of side context reads the request's time"),
+    ({"table": "city"}, "shares the table 'city' with a feature of id"),
+    ({"table": "minute"}, "shares the table 'minute' with a feature of minute"),
+])
+def test_a_clock_that_cannot_be_is_refused(clock: dict[str, str], words: str):
+    features = [{"kind": "id", "name": "city", "side": "user"}, {"kind": "clock", "name": "minute", "part": "minute"},
+                {"kind": "clock", "name": "hour", "part": "hour", **clock}]
+    with pytest.raises(ConfigError, match=words):
+        FeatureSchema.model_validate({"features": features})
 
 
 # ---------------------------------------------------------------- requests

@@ -7,7 +7,16 @@ from html.parser import HTMLParser
 
 import pytest
 
-from raycascade.report import CalibrationBin, Report, StageResult, SurvivalPoint, number, percent, render_report
+from raycascade.report import (
+    CalibrationBin,
+    Report,
+    StageLosses,
+    StageResult,
+    SurvivalPoint,
+    number,
+    percent,
+    render_report,
+)
 
 FULL = Report(
     title="demo: three stages",
@@ -17,6 +26,8 @@ FULL = Report(
               SurvivalPoint("ranker", 20, 0.284, {"popularity": 0.061})),
     stages=(StageResult("retriever", 50, 0.6123, None, 12_034), StageResult("ranker", 10, 0.4127, 0.3604, 2_310)),
     kept_to_the_end=7_739,
+    losses=(StageLosses("retriever", 30, 1.0, 0.0371, 0.0222, {"ranker": 0.0211}, 0.456),
+            StageLosses("ranker", 20, 0.9629, 0.1717)),
     calibration={"click": (CalibrationBin(0.0512, 0.0498, 9_001), CalibrationBin(0.6123, 0.5871, 17))},
     curves={"retriever": [(step, 1 / (1 + step / 100)) for step in range(1000)], "ranker": [(0, 0.7), (10, math.nan)]},
     validation={"total": [(1, 1.2111), (2, 1.0822), (3, 1.0933)]},
@@ -27,8 +38,8 @@ FULL = Report(
 )
 EMPTY = Report(title="empty")
 ALONE = [replace(EMPTY, **{part: getattr(FULL, part)}) for part in (
-    "survival", "stages", "kept_to_the_end", "calibration", "curves", "validation", "metrics", "baselines", "facts",
-    "config_yaml", "headline")]
+    "survival", "stages", "kept_to_the_end", "losses", "calibration", "curves", "validation", "metrics", "baselines",
+    "facts", "config_yaml", "headline")]
 HOSTILE = "</pre><script>alert('x')</script>\"'&<img src=http://evil.example/x.png>"
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
@@ -67,6 +78,7 @@ class Page(HTMLParser):
     "demo: three stages", "Evaluated on 1,234 requests.",
     "74.2%", "41.3%", "6.6%", "28.4%", "6.1%",  # survival and its baselines
     "0.6123", "0.4127", "0.3604", "+0.0523", "12,034", "2,310", "7,739",  # stages
+    "3.71%", "2.22%", "2.11%", "45.6%", "96.3%", "17.2%",  # losses on lists
     "0.0512", "0.0498", "9,001", "0.5871", "17",  # calibration
     "1.0000", "0.0910", "0.7000", "1.2111", "1.0822", "1.0933",  # curves: first, last and lowest
     "0.3127", "0.7431", "1,234", "1.234e-05", "0.1312", "0.5009",  # metrics and baselines
@@ -85,7 +97,7 @@ def test_tags_are_balanced_with_and_without_each_part(content: Report) -> None:
 
 def test_a_page_without_optional_parts_has_no_sections() -> None:
     assert "section" not in Page(render_report(EMPTY)).tags
-    assert Page(render_report(FULL)).tags.count("section") == 7
+    assert Page(render_report(FULL)).tags.count("section") == 8
 
 
 def test_the_page_refers_to_nothing_outside_itself() -> None:
@@ -101,6 +113,7 @@ def test_the_page_refers_to_nothing_outside_itself() -> None:
     Report(title="x", metrics={HOSTILE: 1.0}, baselines={HOSTILE: {HOSTILE: 2.0}}, headline=(HOSTILE,)),
     Report(title="x", survival=(SurvivalPoint(HOSTILE, 3, 0.5, {HOSTILE: 0.1}),),
            stages=(StageResult(HOSTILE, 3, 0.5, 0.4, 1),)),
+    Report(title="x", losses=(StageLosses(HOSTILE, 3, 1.0, 0.4, 0.1, {HOSTILE: 0.1}, 0.2),)),
     Report(title="x", calibration={HOSTILE: (CalibrationBin(0.1, 0.2, 3),)}, curves={HOSTILE: [(1, 2.0)]},
            validation={HOSTILE: [(1, 2.0)]}),
 ])
@@ -115,7 +128,7 @@ def test_hostile_text_is_shown_and_not_run(content: Report) -> None:
 def test_every_figure_has_a_title_and_a_description_with_its_numbers() -> None:
     text = render_report(FULL)
     figures = re.findall(r"<svg role='img'.*?</svg>", text, flags=re.DOTALL)
-    assert len(figures) == 6
+    assert len(figures) == 7
     assert all(re.search(r"<title>[^<]+</title><desc>[^<]*\d[^<]*</desc>", figure) for figure in figures)
 
 

@@ -3,7 +3,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycascade.losses._sorting import Operator, SoftRanking, log_permutation, soft_permutation, topk_probability
+from raycascade.losses._neural_sort import neural_row_sums, spread
+from raycascade.losses._sorting import (
+    Operator,
+    SoftRanking,
+    log_permutation,
+    row_sums,
+    soft_permutation,
+    topk_probability,
+)
 from raycascade.truth import label_matrix, tie_spans, top_k_membership
 from tests.objective_lists import CASE_A, CASE_B, CASE_C, CASE_P2
 
@@ -158,6 +166,52 @@ def test_the_operators_have_their_own_default_temperatures():
         default = SoftRanking(scores_QC, mask_QC, operator=operator).top(2).p_QC
         explicit = SoftRanking(scores_QC, mask_QC, operator=operator, temperature=temperature).top(2).p_QC
         torch.testing.assert_close(default, explicit)
+
+
+# ---------------------------------------------------------------- the gradients written by hand
+def _random_lists(*, ties: bool) -> tuple[Tensor, Tensor]:
+    draw = np.random.default_rng(7)
+    scores = draw.integers(-2, 3, (12, 9)).astype(np.float64) if ties else draw.normal(size=(12, 9))
+    mask = draw.random((12, 9)) < 0.7
+    mask[0], mask[1] = True, False
+    return torch.from_numpy(scores), torch.from_numpy(mask)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_spread_and_its_gradient_are_those_of_the_summed_distances(ties: bool):
+    scores_QC, mask_QC = _random_lists(ties=ties)
+    slope_QC = torch.from_numpy(np.random.default_rng(8).normal(size=(12, 9)))
+    leaves = [scores_QC.clone().requires_grad_() for _ in range(2)]
+    apart_QCC = (leaves[0][:, :, None] - leaves[0][:, None, :]).abs()
+    pairs_QCC = mask_QC[:, :, None] & mask_QC[:, None, :]
+    expected_QC, actual_QC = torch.where(pairs_QCC, apart_QCC, 0.0).sum(dim=2), spread(leaves[1], mask_QC)
+    torch.testing.assert_close(actual_QC, expected_QC)
+    gradients = [torch.autograd.grad((value_QC * slope_QC).sum(), leaf)[0]
+                 for value_QC, leaf in zip((expected_QC, actual_QC), leaves, strict=True)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("widths", [(3,), (1, 4), (2, 5, 9), (4, 12)])
+def test_the_sums_of_rows_and_their_gradient_are_those_of_the_matrix(widths: tuple[int, ...], ties: bool):
+    scores_QC, mask_QC = _random_lists(ties=ties)
+    leaves = [scores_QC.clone().requires_grad_() for _ in range(2)]
+    matrix_QCC = soft_permutation(leaves[0], mask_QC, "neuralsort", 2.0)
+    parts = [part.sum(dim=1) for q in widths for part in (matrix_QCC[:, :q], matrix_QCC[:, q:])]
+    sums = torch.stack(parts, dim=1), neural_row_sums(leaves[1], mask_QC, widths=widths, temperature=2.0)
+    torch.testing.assert_close(*sums)
+    slope = torch.from_numpy(np.random.default_rng(9).normal(size=tuple(sums[0].shape)))
+    gradients = [torch.autograd.grad((value * slope).sum(), leaf)[0] for value, leaf in zip(sums, leaves, strict=True)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert gradients[1][~mask_QC].abs().max().item() == 0
+
+
+def test_sums_of_rows_are_made_once_for_all_widths():
+    scores_QC, mask_QC = _random_lists(ties=False)
+    for operator in MATRIX_OPERATORS:
+        both = row_sums(scores_QC, mask_QC, widths=(2, 5), operator=operator, temperature=1.0)
+        alone = [row_sums(scores_QC, mask_QC, widths=(q,), operator=operator, temperature=1.0) for q in (2, 5)]
+        torch.testing.assert_close(both, torch.cat(alone, dim=1))
 
 
 # ---------------------------------------------------------------- the truth

@@ -41,7 +41,11 @@ class Dataset(Protocol):
         ...
 
     def read(self, piece: str) -> Iterator[pa.Table]:
-        """The rows of one piece in tables of bounded size (at most about 64 MB)."""
+        """The rows of one piece in tables of bounded size (at most about 64 MB).
+
+        A dataset may have an attribute `notes`, a Counter: what it found and settled so far, by message. `prepare`
+        adds up the notes of all its tasks, prints them and keeps them in the manifest.
+        """
         ...
 
 

@@ -27,6 +27,7 @@ SHOWN, CLICKED, LONG_VIEWED = 1, 2, 3  # actions of history events; 0 pads
 ACTION_WEIGHT = np.array([0.0, -0.15, 0.5, 1.0], np.float32)
 INTEREST_HALF_LIFE_HOURS = 72.0
 FATIGUE = 1.5  # what an item loses when it stands in the user's history
+MAX_RANKED = 20  # relevance recflow: 30 - rank of the top level stays above 8, the highest of the tied levels
 STREAMS = {"catalogue": 0, "population": 1, "users": 2, "days": 3, "warm_up": 4}
 
 
@@ -36,6 +37,10 @@ class WorldConfig(PluginConfig):
     `levels` logged levels with `per_level` candidates each; `pool` is what enters the production cascade and `funnel`
     what retrieval, pre-ranking and (five levels only) ranking keep; `new_item_share` of the catalogue is born during
     the log, the same number every day; `drift` is how far a taste turns in a day (radians).
+
+    `relevance`: `levels` ranks every level's candidates; `recflow` grades lists as published comparisons on RecFlow do:
+    only the top level is ranked, by the stage that chose it (30 - rank), the levels below are tied (5, 6, 7 and, with
+    five levels, 8). `features`: every kind there is, or the kinds that RecFlow has: ids, times and the history.
     """
 
     seed: int = Option(default=7, ge=0)
@@ -56,6 +61,8 @@ class WorldConfig(PluginConfig):
     funnel: tuple[int, int, int] = (100, 40, 20)
     shown: int = Option(default=6, ge=1)
     history_len: int = Option(default=50, ge=1, le=500)
+    relevance: Literal["levels", "recflow"] = "levels"
+    features: Literal["every", "recflow"] = "every"
 
     @model_validator(mode="after")
     def _possible(self) -> "WorldConfig":
@@ -69,6 +76,9 @@ class WorldConfig(PluginConfig):
         if self.shown > min(self.per_level, self.history_len):
             raise ConfigError(f"dataset: shown {self.shown} exceeds per_level {self.per_level} or history_len "
                               f"{self.history_len}; lower it")
+        if self.relevance == "recflow" and self.per_level > MAX_RANKED:
+            raise ConfigError(f"dataset: relevance recflow ranks at most {MAX_RANKED} candidates above the tied "
+                              f"levels, got per_level {self.per_level}; lower it")
         return self
 
     @property

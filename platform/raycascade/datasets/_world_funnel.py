@@ -25,7 +25,8 @@ class Logged:
 
     items_QC: np.ndarray
     reached_QC: np.ndarray
-    rank_QC: np.ndarray
+    rank_QC: np.ndarray  # within the level; of the top level, the place on the page
+    chosen_QC: np.ndarray  # top level: the rank that the stage which chose it gave; 0 below
     exposed_QC: np.ndarray
     labels: Mapping[str, np.ndarray]  # each bool [Q, C], false where not exposed
     shown_QS: np.ndarray
@@ -43,11 +44,12 @@ def serve(config: w.WorldConfig, world: w.Catalogue, rng: Generator, situation: 
         kept_QK, cut_QK = _cut(rng, scores_QM, keep, config.per_level)
         groups.append(np.take_along_axis(items_QM, cut_QK, 1))
         items_QM = np.take_along_axis(items_QM, kept_QK, 1)
+    order_QK = np.broadcast_to(np.arange(items_QM.shape[1]), items_QM.shape)
     if config.levels == 4:  # the re-ranker only orders what ranking kept; with five levels it has already cut
         order_QK = np.argsort(-_scores("re_rank", world, rng, situation, items_QM), axis=1)
         items_QM = np.take_along_axis(items_QM, order_QK, 1)
     utility_QS = w.utility(world, situation, items_QM[:, : config.shown])
-    return _log(config, world, rng, [*groups, items_QM], utility_QS)
+    return _log(config, world, rng, [*groups, items_QM], order_QK + 1, utility_QS)
 
 
 def _scores(
@@ -79,14 +81,16 @@ def _cut(rng: Generator, scores_QM: np.ndarray, keep: int, per_level: int) -> tu
 
 
 def _log(
-    config: w.WorldConfig, world: w.Catalogue, rng: Generator, groups: list[np.ndarray], utility_QS: np.ndarray
+    config: w.WorldConfig, world: w.Catalogue, rng: Generator, groups: list[np.ndarray], chosen_QK: np.ndarray,
+    utility_QS: np.ndarray,
 ) -> Logged:
     """Shuffles the levels into one list, so that its order tells nothing, and adds display and feedback."""
     per_level, shown = config.per_level, config.shown
     shape = (len(utility_QS), config.levels * per_level)
     shuffle_QC = np.argsort(rng.random(shape, np.float32), axis=1)
     reached_QC, rank_QC = shuffle_QC // per_level, shuffle_QC % per_level + 1
-    exposed_QC = (reached_QC == config.levels - 1) & (rank_QC <= shown)
+    top_QC = reached_QC == config.levels - 1
+    exposed_QC = top_QC & (rank_QC <= shown)
     shown_QS = groups[-1][:, :shown]
     feedback = react(rng, utility_QS, world.duration_s_N[shown_QS])
     at_QC = np.where(exposed_QC, rank_QC - 1, 0)
@@ -94,6 +98,7 @@ def _log(
         items_QC=np.take_along_axis(np.concatenate(groups, axis=1), shuffle_QC, 1),
         reached_QC=reached_QC,
         rank_QC=rank_QC,
+        chosen_QC=np.where(top_QC, np.take_along_axis(chosen_QK, rank_QC - 1, 1), 0),
         exposed_QC=exposed_QC,
         labels={name: np.take_along_axis(acted_QS, at_QC, 1) & exposed_QC for name, acted_QS in feedback.items()},
         shown_QS=shown_QS,

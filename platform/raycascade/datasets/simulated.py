@@ -34,6 +34,7 @@ from raycascade.schema import (
 
 GENDERS = ("female", "male", "other")
 LABELS = ("click", "long_view", "like")
+RECFLOW_KINDS = ("id", "ids", "clock", "age", "history")
 TABLE_ROWS = 8_192  # requests per table
 PIECE_REQUESTS = 20_000  # what a piece holds, about
 MIN_PIECES = 4
@@ -59,7 +60,7 @@ class Simulated:
         self.config = config
 
     def schema(self) -> FeatureSchema:
-        """Every kind of feature there is."""
+        """Every kind of feature there is, or those of `features`."""
         return _schema(self.config)
 
     def items(self) -> pa.Table:
@@ -123,7 +124,7 @@ class Simulated:
 
 
 def _schema(config: w.WorldConfig) -> FeatureSchema:
-    return FeatureSchema(
+    every = FeatureSchema(
         features=(
             IdFeature(name="user_id", side="user"),
             IdFeature(name="age_group", side="user"),
@@ -156,6 +157,9 @@ def _schema(config: w.WorldConfig) -> FeatureSchema:
         labels=LABELS,
         positive="long_view",
     )
+    if config.features == "every":
+        return every
+    return every.model_copy(update={"features": tuple(f for f in every.features if f.kind in RECFLOW_KINDS)})
 
 
 # ---------------------------------------------------------------- the log of a block of users
@@ -176,7 +180,7 @@ def _simulate(config: w.WorldConfig, block: int) -> Iterator[Columns]:
             situation = w.Situation(taste_UD[at_Q], block_users.loyalty_UD[at_Q], time_ms_UR[at_Q, step],
                                     history[at_Q], history_time_ms[at_Q], action[at_Q])
             logged = serve(config, world, rng, situation)
-            yield _columns(block_users, at_Q, running_U[at_Q], situation, logged, exists_U[at_Q])
+            yield _columns(config, block_users, at_Q, running_U[at_Q], situation, logged, exists_U[at_Q])
             time_ms_QS = np.broadcast_to(situation.time_ms_Q[:, None], logged.shown_QS.shape)
             history[at_Q] = _push(situation.history_QL, logged.shown_QS)
             history_time_ms[at_Q] = _push(situation.history_time_ms_QL, time_ms_QS)
@@ -223,8 +227,8 @@ def _warm_up(config: w.WorldConfig, world: w.Catalogue, block: int) -> tuple[np.
 
 # ---------------------------------------------------------------- Arrow
 def _columns(
-    block_users: w.Users, at_Q: np.ndarray, number_Q: np.ndarray, situation: w.Situation, logged: Logged,
-    kept_Q: np.ndarray,
+    config: w.WorldConfig, block_users: w.Users, at_Q: np.ndarray, number_Q: np.ndarray, situation: w.Situation,
+    logged: Logged, kept_Q: np.ndarray,
 ) -> Columns:
     """One step as arrays with a row per request."""
     columns = {
@@ -244,6 +248,9 @@ def _columns(
         "exposed": logged.exposed_QC,
         **logged.labels,
     }
+    if config.relevance == "recflow":
+        graded_QC = np.where(logged.chosen_QC > 0, 30 - logged.chosen_QC, 5 + logged.reached_QC)
+        columns |= {"rank": logged.chosen_QC.astype(np.int16), "relevance": graded_QC.astype(np.float32)}
     return columns if kept_Q.all() else {name: values[kept_Q] for name, values in columns.items()}
 
 
@@ -263,7 +270,9 @@ def _to_table(config: w.WorldConfig, parts: list[Columns]) -> pa.Table:
     }
     for name in ("history", "history_time_ms", "history_action"):
         table[name] = _lists(past.sum(1), pa.array(columns[name][past]))
-    for name in ("candidates", "reached", "rank", "exposed"):
+    for name in ("candidates", "reached", "rank", "relevance", "exposed"):
+        if name not in columns:
+            continue
         table[name] = _lists(width_Q, pa.array(columns[name].reshape(-1)))
     for name in LABELS:
         table[name] = _lists(width_Q, pa.array(columns[name].reshape(-1).astype(np.int8), mask=~exposed))

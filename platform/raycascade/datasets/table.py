@@ -81,7 +81,7 @@ class TableDataset:
                     raise ConfigError(f"event_columns: {name!r} is not a feature of side "
                                       f"event{near_miss(name, events)}")
             known = {"user_id", "item_id", "time", "request_id"} | {f.name for f in self.features}
-            known |= {f.source for f in self.features if isinstance(f, AgeFeature)}
+            known |= {f.source for f in self.features if isinstance(f, AgeFeature | ClockFeature) and f.source}
             if self.layout == "requests":
                 known |= {"candidates", "history", "history_time_ms", *OPTIONAL_LISTS}
                 known |= {f"history_{name}" for name in events}
@@ -199,7 +199,7 @@ class TableDataset:
     def _item_columns(self) -> dict[str, str]:
         wanted = {"item_id": self._column("item_id")}
         for feature in self.schema().side("item"):
-            if isinstance(feature, AgeFeature):
+            if isinstance(feature, AgeFeature | ClockFeature):
                 wanted[feature.source] = self._column(feature.source)
             elif feature.kind in ("id", "ids", "dense", "vector"):
                 wanted[feature.name] = self._column(feature.name)
@@ -208,7 +208,7 @@ class TableDataset:
     def _types(self, wanted: dict[str, str]) -> dict[str, pa.DataType]:
         """How the columns of a CSV file are read, where the options say what they hold."""
         features = {feature.name: feature for feature in self.config.features}
-        moments = {"time"} | {f.source for f in self.config.features if isinstance(f, AgeFeature)}
+        moments = {"time"} | {f.source for f in self.config.features if isinstance(f, AgeFeature | ClockFeature)}
         types = {column: kind for column, kind in self._guessed_types.items() if column in wanted.values()}
         for purpose, column in wanted.items():
             feature = features.get(purpose)
@@ -290,7 +290,7 @@ class TableDataset:
     def _item_features(self, raw: dict[str, pa.Array], where: str) -> pa.Table:
         columns = self._keys(raw, ["item_id"], where)
         for feature in self.schema().side("item"):
-            if isinstance(feature, AgeFeature):
+            if isinstance(feature, AgeFeature | ClockFeature):
                 columns[feature.source] = self._moments(raw[feature.source], self._column(feature.source), where)
             elif feature.name in raw and feature.name != "item_id":
                 columns |= self._features(raw, [feature], where)

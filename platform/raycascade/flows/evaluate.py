@@ -12,6 +12,7 @@ from raycascade.flows._cluster import gather, num_cores
 from raycascade.report import render_report
 from raycascade.reporting import describe
 from raycascade.shards import Shards
+from raycascade.trial import limited
 
 
 def evaluate(uri: str, *, split: str = "test") -> dict[str, Any]:
@@ -42,19 +43,6 @@ def evaluate(uri: str, *, split: str = "test") -> dict[str, Any]:
     storage.write_json(storage.join(bundle.uri, f"evaluation.{split}.json"), figures)
     check_expectations(bundle, metrics)
     return {"metrics": metrics, "baselines": baselines, "report": report}
-
-
-def limited(groups: list[tuple[str, int, int]], most: int | None) -> list[tuple[str, int, int]]:
-    """The first row groups that hold at most about `most` requests."""
-    if most is None:
-        return groups
-    kept, rows = [], 0
-    for group in groups:
-        if rows >= most:
-            break
-        kept.append(group)
-        rows += group[2]
-    return kept
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ rows by a hash of the user (`_spill.py`). The second takes one user partition at
 requests, encodes and writes the splits. A task holds about a hundred megabytes of rows, however large the log is.
 """
 
+import sys
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -86,6 +87,7 @@ def prepare(config: Config) -> dict[str, Any]:
         publish(root, version, {
             "requests": rows, "items": len(items), "users": sum(part["users"] for part in written),
             "fingerprint": dataset.schema().fingerprint(), "as_of_ms": state.as_of_ms,
+            "notes": _noted([notes_of(dataset), *(part["notes"] for part in spilled)]),
             "log": {"rows": sum(part["rows"] for part in spilled), "bytes": spilled_bytes(spilled)},
             "config": config.model_dump(mode="json"), "raycascade": __version__,
         })
@@ -95,6 +97,21 @@ def prepare(config: Config) -> dict[str, Any]:
     finally:
         storage.remove_folder(plan.work)
     return {"shards": root, "requests": rows, "items": len(items), "seconds": round(time.monotonic() - started, 2)}
+
+
+def notes_of(dataset: Dataset) -> dict[str, int]:
+    """What a dataset counts of its log's oddities, by message; empty for those that count nothing."""
+    return dict(getattr(dataset, "notes", {}))
+
+
+def _noted(parts: list[dict[str, int]]) -> dict[str, int]:
+    """The sum of all notes, printed on standard error."""
+    notes: Counter[str] = Counter()
+    for part in parts:
+        notes.update(part)
+    for message, count in sorted(notes.items()):
+        sys.stderr.write(f"note: {count} {message}\n")
+    return dict(sorted(notes.items()))
 
 
 def _covered(spilled: list[dict[str, Any]]) -> str:
@@ -151,7 +168,8 @@ class Spill:
                 rows += len(table)
                 first_ms, last_ms = min(first_ms, int(time_ms.min())), max(last_ms, int(time_ms.max()))
         part.save(self.plan.fit_uri(number))
-        return {"batches": file.batches, "rows": rows, "first_ms": first_ms, "last_ms": last_ms}
+        return {"batches": file.batches, "rows": rows, "first_ms": first_ms, "last_ms": last_ms,
+                "notes": notes_of(dataset)}
 
     def _check(self, table: pa.Table, dataset: Dataset, piece: str) -> None:
         require_columns(table, required_columns(dataset.schema(), dataset.form), where=piece)

@@ -122,6 +122,12 @@ class Objective(nn.Module, ABC):
             raise ConfigError(f"loss.{option}: expected one value for each of {list(self.stage_names)}, "
                               f"got {list(values)}")
 
+    def check_quotas(self, option: str, widths: tuple[int, ...] | None) -> None:
+        """ConfigError unless an option has one width of at least 1 per stage; None is fine."""
+        self.check_per_stage(option, widths)
+        if widths is not None and min(widths) < 1:
+            raise ConfigError(f"loss.{option}: widths must be at least 1, got {list(widths)}")
+
     def _check(self, scores: Mapping[str, Tensor], targets: Targets) -> None:
         if tuple(scores) != self.stage_names:
             raise DataError(f"loss: expected scores of {list(self.stage_names)} in this order, got {list(scores)}")

@@ -42,6 +42,7 @@ class Lcron(Objective):
         log_var_bound: float = Option(default=5.0, gt=0)
         log_form: LogForm = "eps"  # exact is advised for small temperatures
         eps: float = Option(EPS, gt=0)
+        chunk_requests: int | None = Option(default=None, ge=1)  # whose C x C matrices stand in memory at once
         official_three_stage_negatives: bool = False
 
         @model_validator(mode="after")
@@ -57,9 +58,7 @@ class Lcron(Objective):
         super().__init__(config, stage_names)
         self.config = config
         if isinstance(config.joint_k, tuple):
-            self.check_per_stage("joint_k", config.joint_k)
-            if min(config.joint_k) < 1:
-                raise ConfigError(f"loss.joint_k: widths must be at least 1, got {list(config.joint_k)}")
+            self.check_quotas("joint_k", config.joint_k)
         self.weights: UncertaintyWeights | None = None
         if config.uncertainty:
             if config.weight_e2e and "e2e" in stage_names:
@@ -70,14 +69,13 @@ class Lcron(Objective):
     def compute(self, lists: ScoredLists) -> LossOutput:
         """See the class."""
         config, k = self.config, lists.k
-        rankings = [
-            SoftRanking(scores_QC, lists.mask_QC, operator=config.operator, temperature=config.temperature,
-                        log_form=config.log_form, eps=config.eps)
-            for scores_QC in lists.scores.values()
-        ]
-        singles = [ranking.top(k) for ranking in rankings]
         widths = self._joint_widths(lists)
-        joint = [top if q == k else ranking.top(q) for ranking, top, q in zip(rankings, singles, widths, strict=True)]
+        stages = [
+            SoftRanking(scores_QC, lists.mask_QC, operator=config.operator, temperature=config.temperature,
+                        log_form=config.log_form, eps=config.eps, chunk_requests=config.chunk_requests).tops((k, q))
+            for scores_QC, q in zip(lists.scores.values(), widths, strict=True)
+        ]
+        singles, joint = [tops[k] for tops in stages], [tops[q] for tops, q in zip(stages, widths, strict=True)]
         defined_Q = lists.length_Q > k
         in_QC, out_QC = self._single_targets(lists)
         terms: dict[str, Tensor] = {}

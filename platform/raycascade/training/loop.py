@@ -81,26 +81,33 @@ def fit(run: Run, progress: Progress, report: Report) -> Progress:
     train = run.config.train
     reader = run.reader("train")
     while progress.epoch < train.epochs and not progress.finished:
-        steps = reader.num_steps(progress.epoch)
-        started, before = time.monotonic(), progress.seconds
-        for batch, rng in _prefetched(run, reader, progress.epoch, progress.step, rank=run.place.rank):
-            scales = lr_scales(run.config, progress.total_steps, progress.epoch + progress.step / steps)
-            record = progress.step % max(1, steps // CURVE_POINTS) == 0
-            _train_step(run, batch, rng, progress, scales=scales, record=record)
-            progress.step += 1
-            progress.total_steps += 1
-            progress.seconds = before + time.monotonic() - started
-            progress.finished = train.max_steps is not None and progress.total_steps >= train.max_steps
-            if progress.finished:
-                break
-            due = progress.total_steps % train.checkpoint_steps == 0
-            report(progress, steps, _saver(run, progress) if due else None)
-        _end_epoch(run, progress)
+        train_epoch(run, reader, progress, report)
+        _validate(run, progress)
     progress.finished = True
     if train.early_stop:
         run.best.restore(run.cascade)
     report(progress, 0, _saver(run, progress))
     return progress
+
+
+def train_epoch(run: Run, reader: ShardReader, progress: Progress, report: Report) -> None:
+    """One pass over what `reader` reads, from the step where `progress` stands to the start of the next epoch."""
+    train = run.config.train
+    steps = reader.num_steps(progress.epoch)
+    started, before = time.monotonic(), progress.seconds
+    for batch, rng in _prefetched(run, reader, progress.epoch, progress.step, rank=run.place.rank):
+        scales = lr_scales(run.config, progress.total_steps, progress.epoch + progress.step / steps)
+        record = progress.step % max(1, steps // CURVE_POINTS) == 0
+        _train_step(run, batch, rng, progress, scales=scales, record=record)
+        progress.step += 1
+        progress.total_steps += 1
+        progress.seconds = before + time.monotonic() - started
+        progress.finished = train.max_steps is not None and progress.total_steps >= train.max_steps
+        if progress.finished:
+            break
+        due = progress.total_steps % train.checkpoint_steps == 0
+        report(progress, steps, _saver(run, progress) if due else None)
+    progress.epoch, progress.step = progress.epoch + 1, 0
 
 
 def lr_scales(config: Config, step: int, epochs_done: float) -> dict[str, float]:
@@ -178,9 +185,8 @@ def _train_step(
             progress.curves.setdefault(name, []).append((progress.total_steps, float(value)))
 
 
-def _end_epoch(run: Run, progress: Progress) -> None:
-    """Validates, and decides whether to stop early."""
-    progress.epoch, progress.step = progress.epoch + 1, 0
+def _validate(run: Run, progress: Progress) -> None:
+    """Measures the validation split, and decides whether to stop early."""
     if not run.shards.splits.get("valid"):
         return
     loss = validation_loss(run)
