@@ -1,4 +1,4 @@
-"""A generated RecFlow log through prepare, train and evaluate, with the config files for the real one."""
+"""A generated RecFlow log through prepare, train, evaluate and streaming, with the config files for the real one."""
 
 import math
 from pathlib import Path
@@ -12,6 +12,8 @@ from raycascade.flows.evaluate import evaluate
 from raycascade.flows.prepare import prepare
 from raycascade.flows.train import train
 from raycascade.shards import Shards
+from raycascade.training.loop import Place
+from raycascade.trial import run_stream
 from tests import recflow_world as world
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -30,20 +32,21 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(raw: Path, folder: Path, file: str) -> tuple[Shards, dict[str, Any]]:
-    """The three verbs; nothing of the file but paths, days and the size of a batch is changed."""
+def run(raw: Path, folder: Path, file: str) -> tuple[Shards, dict[str, Any], dict[str, Any]]:
+    """The three verbs, and a pass over the days; nothing of the file but paths, days and batch size is changed."""
     overrides = [f"paths.raw={raw}", f"paths.shards={folder}/shards", f"paths.bundles={folder}/bundles",
                  f"dataset.first_day={DAYS[0]}", "train.batch_size=16"]
     config = load_config(str(CONFIGS / file), overrides)
     prepare(config)
-    return Shards.open(config.paths.shards), evaluate(train(config)["bundle"])["metrics"]
+    shards = Shards.open(config.paths.shards)
+    return shards, evaluate(train(config)["bundle"])["metrics"], run_stream(config, shards, Place())
 
 
 @pytest.mark.parametrize(("file", "width"), CASES)
 def test_a_trained_cascade_finds_more_of_the_truth_than_chance(
     ray_cluster: None, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, width: int
 ):
-    shards, metrics = run(raw, tmp_path, file)
+    shards, metrics, stream = run(raw, tmp_path, file)
     assert shards.splits == {"train": PER_DAY * (len(DAYS) - 1), "test": PER_DAY}
     lists = shards.table("requests/test")["candidates"].combine_chunks()
     assert len(lists.flatten()) == PER_DAY * width
@@ -51,6 +54,8 @@ def test_a_trained_cascade_finds_more_of_the_truth_than_chance(
     variance = K * chance * (1 - chance) * (width - K) / (width - 1)  # of a draw of LAST_QUOTA of the list
     error = math.sqrt(variance / PER_DAY) / K
     assert metrics[f"joint_recall@{K}@{LAST_QUOTA}"] > chance + 5 * error
+    assert [(point["day"], point["requests"]) for point in stream["curve"]] == [(day, PER_DAY) for day in DAYS[1:]]
+    assert stream["metrics"][f"joint_recall@{K}@{LAST_QUOTA}"] > chance + 5 * error
     notes = storage.read_json(f"{tmp_path}/shards/manifest.json")["notes"]
     assert any("have a group of fewer than 10 candidates (short_list: keep)" in message for message in notes)
     printed = capsys.readouterr().err
