@@ -5,7 +5,8 @@
     |- DataError         a raw log, an items table or a request
     |- ShardError        shards that are missing, unfinished or damaged
     |- BundleError       a bundle that is missing, damaged or of another version
-    `- ExpectationError  a run that finished below the figures its config expects (exit status 1)
+    |- ExpectationError  a run that finished below the figures its config expects (exit status 1)
+    `- ResourceError     work that a cluster cannot hold: its processes die again and again (exit status 1)
 
 A message says what was wrong, what was seen and what to do. Our own bugs raise anything else.
 """
@@ -35,5 +36,11 @@ class BundleError(RaycascadeError):
 
 class ExpectationError(RaycascadeError):
     """A run that finished, but below the figures its config expects."""
+
+    exit_status = 1
+
+
+class ResourceError(RaycascadeError):
+    """Work that the cluster cannot hold: its processes die, most often for memory."""
 
     exit_status = 1
