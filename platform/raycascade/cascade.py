@@ -66,6 +66,8 @@ class Cascade(nn.Module):
                 self.models[stage.name] = plugin(options, space.without(stage.exclude))
             except ConfigError as error:
                 raise ConfigError(f"stages.{position} ({stage.name}): {error}") from None
+            if stage.prior:  # starts as the stage before it, and learns what to add
+                self.model(stage.name).silence()
         self.prior_scales = nn.ParameterDict({s.name: nn.Parameter(torch.ones(())) for s in config.stages if s.prior})
 
     def stage_state(self, name: str) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@
     |- ShardError        shards that are missing, unfinished or damaged
     |- BundleError       a bundle that is missing, damaged or of another version
     |- ExpectationError  a run that finished below the figures its config expects (exit status 1)
-    `- ComparisonError   a comparison of which runs failed (exit status 1)
+    |- ComparisonError   a comparison of which runs failed (exit status 1)
+    `- ResourceError     work that a cluster cannot hold: its processes die again and again (exit status 1)
 
 A message says what was wrong, what was seen and what to do. Our own bugs raise anything else.
 """
@@ -42,5 +43,11 @@ class ExpectationError(RaycascadeError):
 
 class ComparisonError(RaycascadeError):
     """A comparison that finished, but some of its runs failed."""
+
+    exit_status = 1
+
+
+class ResourceError(RaycascadeError):
+    """Work that the cluster cannot hold: its processes die, most often for memory."""
 
     exit_status = 1

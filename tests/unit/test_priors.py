@@ -177,3 +177,11 @@ def test_logits_from_products_of_vectors_are_the_models_own(similarity: str, ite
         logits_Q = model.to_logits((users_QD * items_QD).sum(-1))
         torch.testing.assert_close(logits_Q, model(batch)[:, c, more.get("index_task", 0)], rtol=0, atol=1e-10)
     assert (model.bias.abs() > 0.01).all()
+
+
+def test_a_new_stage_with_a_prior_starts_as_the_stage_before_it(items: ItemTable, batch: Batch):
+    stages = [{**stage, "prior": stage["name"] in SCALES} for stage in STAGES]
+    config = train_config("nowhere", stages=stages, changes={"lists": {"k": 2, "quotas": list(QUOTAS)}})
+    scores = Cascade(config, items.state.space).eval()(batch)
+    for name in SCALES:
+        torch.testing.assert_close(scores[name][batch.mask_QC], scores["retriever"][batch.mask_QC], rtol=0, atol=1e-6)

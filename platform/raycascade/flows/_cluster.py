@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import raycascade.errors
-from raycascade.errors import RaycascadeError
+from raycascade import storage
+from raycascade.errors import RaycascadeError, ResourceError
+
+MOST_ATTEMPTS = 4  # of one task: Ray Data starts a task whose process died again, without end
 
 
 def connect(address: str | None = None) -> None:
@@ -30,10 +33,12 @@ def connect(address: str | None = None) -> None:
              object_store_memory=512 << 20)
 
 
-def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
+def each(function: Callable[[Any], Any], elements: list[Any], *, notes: str) -> list[Any]:
     """`function(element)` for every element as Ray Data tasks, results in the elements' order.
 
     Elements and results are JSON values. An error that a user can cause comes back as itself, with its one line.
+    `notes` is a folder for this call alone, where every attempt leaves a note: ResourceError where a task's process
+    dies MOST_ATTEMPTS times.
     """
     import ray
     import ray.data
@@ -43,6 +48,7 @@ def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         try:
+            note_attempt(notes, row["number"])
             value = json.dumps(function(json.loads(row["element"])))
             return {"number": row["number"], "value": value, "error": "", "message": ""}
         except RaycascadeError as error:
@@ -56,6 +62,17 @@ def each(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:
             raise getattr(raycascade.errors, row["error"])(row["message"])
     assert len(done) == len(elements), (len(done), len(elements))
     return [json.loads(row["value"]) for row in done]
+
+
+def note_attempt(notes: str, number: int) -> None:
+    """Notes that a task begins; ResourceError where it has begun too often before, so its process died each time."""
+    for attempt in range(MOST_ATTEMPTS):
+        note = storage.join(notes, f"{number:05d}-{attempt}")
+        if not storage.exists(note):
+            storage.write_bytes(note, b"")
+            return
+    raise ResourceError(f"task {number} died {MOST_ATTEMPTS} times; most often a process is ended for want of memory: "
+                        "use workers with more memory, or fewer at a time")
 
 
 def gather(function: Callable[[Any], Any], elements: list[Any]) -> list[Any]:

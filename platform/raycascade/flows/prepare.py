@@ -73,12 +73,12 @@ def prepare(config: Config) -> dict[str, Any]:
     plan = Plan(config, storage.join(root, f"_work-{version}"), storage.join(root, version))
     try:
         items = check_items(dataset.items())
-        spilled = each(Spill(plan), tasks)
+        spilled = each(Spill(plan), tasks, notes=storage.join(plan.work, "spills"))
         state = fit(plan, dataset.schema(), items, len(tasks))
         state.save(storage.join(plan.target, "features"))
         encoded = state.encode_items(items, where="items table")
         write_part(storage.join(plan.target, "items", "part-00000.parquet"), iter([encoded]))
-        written = each(Encode(plan), partitions(spilled))
+        written = each(Encode(plan), partitions(spilled), notes=storage.join(plan.work, "encodes"))
         rows = {split: sum(part[split] for part in written) for split in config.splits.ranges_ms()}
         for split, count in rows.items():
             if count == 0:

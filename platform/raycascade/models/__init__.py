@@ -23,6 +23,10 @@ class StageModel(Protocol):
         """Logits, and auxiliary losses by name (most models have none)."""
         ...
 
+    def silence(self) -> None:
+        """Makes a new model's logits equal, where it can: a stage with a prior starts as the stage before it."""
+        ...
+
     def explain(self, batch: Batch) -> Mapping[str, Tensor]:
         """Attention weights and gates, for tests and debugging."""
         ...

@@ -192,6 +192,12 @@ class SplitLinear(nn.Module):
             if self.candidate is not None:
                 self.candidate.weight.copy_(whole[:, request_width:])
 
+    def silence(self) -> None:
+        """Zeroes the map; its bias stays."""
+        for side in (self.request, self.candidate):
+            if side is not None:
+                nn.init.zeros_(side.weight)
+
     def of_request(self, x_QD: Tensor) -> Tensor:
         """W_u x + b [Q, out]."""
         y = x_QD.new_zeros(*x_QD.shape[:-1], self.out) if self.request is None else self.request(x_QD)
@@ -217,6 +223,10 @@ class MLP(nn.Module):
         self.first = linear(width, (*hidden, out)[0], bias=bias, activation=activation if hidden else "")
         self.upper = UpperLayers(hidden, out, activation=activation, norm=norm, dropout=dropout, out_bias=out_bias)
 
+    def silence(self) -> None:
+        """Zeroes the last linear map; its bias stays."""
+        nn.init.zeros_((self.upper.linears[-1] if len(self.upper.linears) else self.first).weight)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [..., width] -> [..., out]."""
         return self.upper(self.first(x), mask)
@@ -233,6 +243,13 @@ class SplitMLP(nn.Module):
         self.first = SplitLinear(request_width, candidate_width, (*hidden, out)[0],
                                  bias=norm != "batch" if hidden else out_bias, activation=activation if hidden else "")
         self.upper = UpperLayers(hidden, out, activation=activation, norm=norm, dropout=dropout, out_bias=out_bias)
+
+    def silence(self) -> None:
+        """Zeroes the last linear map; its bias stays."""
+        if len(self.upper.linears):
+            nn.init.zeros_(self.upper.linears[-1].weight)  # type: ignore[arg-type]
+        else:
+            self.first.silence()
 
     def of_request(self, x_QD: Tensor) -> Tensor:
         """The request's share of the first layer [Q, H]."""

@@ -20,6 +20,11 @@ class TorchModel(nn.Module, ABC):
         return ()
 
     @abstractmethod
+    def silence(self) -> None:
+        """Zeroes the last linear map, so that every logit starts at its bias: a stage that adds to the score of the
+        stage before starts as that stage."""
+
+    @abstractmethod
     def encode_request(self, batch: Batch) -> Any:
         """Everything that depends on the request only: Q (or Q x L) rows, whatever the number of candidates."""
 

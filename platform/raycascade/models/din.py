@@ -111,6 +111,10 @@ class Din(TorchModel):
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
                             dropout=config.dropout)
 
+    def silence(self) -> None:
+        """Logits start at the bias of the MLP's last layer, 0."""
+        self.mlp.silence()
+
     def encode_request(self, batch: Batch) -> DinState:
         """The request's share of both first layers, and the events."""
         if self.max_events is not None:

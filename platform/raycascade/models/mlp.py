@@ -38,6 +38,10 @@ class Mlp(TorchModel):
                             self.inputs.candidate_width + pooled, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout)
 
+    def silence(self) -> None:
+        """Logits start at the bias of the MLP's last layer, 0."""
+        self.mlp.silence()
+
     def encode_request(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The request's share of the first layer [Q, H], and the pooled histories [Q, G, d_h]."""
         if self.pools is None:

@@ -77,6 +77,11 @@ class TwoTower(TorchModel):
         """The items' biases."""
         return () if self.item_bias is None else (self.item_bias,)
 
+    def silence(self) -> None:
+        """With `similarity: dot` the users' vectors start at 0; a direction has no zero, so cosine starts as it is."""
+        if self.config.similarity == "dot":
+            self.user_tower.silence()
+
     # ---- the two halves
     def encode_request(self, batch: Batch) -> Tensor:
         """users_QTD, without scale and bias."""
