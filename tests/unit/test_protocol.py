@@ -82,19 +82,20 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = load_config(str(path), [*TINY, f"paths.shards={folder}"])
     patch = pytest.MonkeyPatch()
     with patch.context() as changed:
-        changed.setattr(flow, "each", lambda function, elements: [function(element) for element in elements])
+        changed.setattr(flow, "each", lambda function, elements, notes: [function(element) for element in elements])
         flow.prepare(config)
     return request.param, config
 
 
-def test_reference_configs_hold_the_protocol_and_all_published_objectives(tiny: tuple[str, Config]):
+def test_reference_configs_hold_the_protocol_and_every_objective_to_compare(tiny: tuple[str, Config]):
     depth, config = tiny
     widths = {"two": (30, 20), "three": (40, 30, 20)}[depth]
     assert (config.lists.k, config.quotas) == (10, widths)
     assert config.train.order == "time"
     assert config.compare.seeds == 5
     assert {spec["name"] for spec in config.compare.objectives.values()} == {
-        "bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron"}
+        "bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron",
+        "fs_plackett_luce"}
     assert {stage.model["dim"] for stage in config.stages} == {8}
 
 
