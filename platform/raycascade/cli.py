@@ -83,12 +83,15 @@ def _finish(result: dict[str, Any], *, as_json: bool, sheets: Sheets | None = No
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     for title, columns, lines in sheets(result) if sheets else []:
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column, no_wrap=True)
         for line in lines:
             table.add_row(*line)
         console.print(table)
@@ -197,7 +200,7 @@ def compare(
     """Compare objectives over seeds: mean, deviation, paired t-test, table and plot. Finished runs are kept."""
     del debug
     from raycascade.comparison import chosen
-    from raycascade.comparison_page import sheets
+    from raycascade.comparison_page import brief_sheets
     from raycascade.config import load_config
     from raycascade.flows import compare as flow
 
@@ -210,7 +213,7 @@ def compare(
         failed.extend(f"{run}: {problem}" for run, problem in result["failed"].items())
         return result
 
-    _verb(work, as_json=as_json, address=address, submit=submit, sheets=sheets)
+    _verb(work, as_json=as_json, address=address, submit=submit, sheets=brief_sheets)
     if failed:
         raise ComparisonError(f"compare: {len(failed)} runs failed ({failed[0]}); the figures are those of the others; "
                               "the same command tries the failed ones again")

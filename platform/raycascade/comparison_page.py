@@ -32,6 +32,14 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
             ("All metrics" + _last_day(result), ["metric", *objectives], rows)]
 
 
+def brief_sheets(result: Mapping[str, Any]) -> list[Sheet]:
+    """The first two, as narrow as a terminal; everything stands in the page and in the CSV."""
+    (title, columns, judged), cost, _ = sheets(result)
+    kept = [i for i, column in enumerate(columns) if column not in ("seeds", "t")]
+    narrow = [[row[i] for i in kept] for row in (columns, *judged)]
+    return [(title, narrow[0], narrow[1:]), cost]
+
+
 def spread(found: Mapping[str, Any] | None) -> str:
     """Mean and sample standard deviation."""
     if found is None:

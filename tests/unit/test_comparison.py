@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raycascade.comparison import Record, Trial, chosen, complete, paired_t_test, plan, ranked, run_key, summarise
-from raycascade.comparison_page import csv_of, render_comparison, sheets
+from raycascade.comparison_page import brief_sheets, csv_of, render_comparison, sheets
 from raycascade.config import Config, parse_config
 from raycascade.errors import ConfigError
 
@@ -244,6 +244,16 @@ def test_the_first_table_ranks_the_objectives_with_their_tests():
     assert [row[0] for row in rows] == ["lcron", "bce"]
     assert (best["mean ± std"], best["difference"], best["from"]) == ("0.7000 ± 0.2828", "+0.5000", "bce")
     assert (best["t"], best["p"]) == ("5.0000", "0.1257")  # differences .4 and .6: mean .5, standard error .1
+
+
+def test_what_a_terminal_shows_is_eighty_columns_wide():
+    found = result()
+    found["objectives"]["fs_plackett_luce"] = found["objectives"].pop("bce")
+    found["tests"]["fs_plackett_luce"] = found["tests"].pop("bce")
+    (_, columns, rows), _ = brief_sheets(found)
+    assert columns == ["objective", "mean ± std", "difference", "from", "p"]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    assert sum(widths) + 3 * len(widths) <= 80
 
 
 def test_the_csv_has_a_line_per_objective_and_metric_with_the_values_of_all_seeds():
