@@ -17,12 +17,11 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import torch
+from _shards import publish_shards
 
-from raycascade import storage
 from raycascade.config import Config, parse_config
-from raycascade.fitting import FitPart
 from raycascade.schema import FeatureSchema
-from raycascade.shards import Shards, publish, write_part
+from raycascade.shards import Shards
 from raycascade.training.checkpoint import Progress
 from raycascade.training.loop import Place, Run, Save, fit
 from raycascade.training.optimisers import Optimisers
@@ -48,17 +47,7 @@ def write_shards(root: str, *, rows: int) -> Shards:
         "candidates": pa.ListArray.from_arrays(lists, pa.array(draw.integers(0, NUM_ITEMS, count))),
         "click": pa.ListArray.from_arrays(lists, pa.array(draw.integers(0, 2, count)))})
     items = pa.table({"item_id": np.arange(NUM_ITEMS), "item": np.arange(NUM_ITEMS)})
-    part = FitPart(schema)
-    part.add_requests(requests, where="benchmark")
-    state = part.finish(items, as_of_ms=NUM_REQUESTS * 1000)
-    folder = storage.join(root, "v-1")
-    state.save(storage.join(folder, "features"))
-    encoded = {"requests/train": state.encode_requests(requests, where="requests"),
-               "items": state.encode_items(items, where="items")}
-    for prefix, table in encoded.items():
-        write_part(storage.join(folder, prefix, "part-00000.parquet"), iter([table]))
-    publish(root, "v-1", {"requests": {"train": NUM_REQUESTS}, "fingerprint": schema.fingerprint()})
-    return Shards.open(root)
+    return publish_shards(root, schema, requests, items, as_of_ms=NUM_REQUESTS * 1000)
 
 
 def config_of(root: str, *, steps: int) -> Config:

@@ -4,7 +4,7 @@
 
 Steps: a two_tower, an mlp and a din of the sizes of RecFlow's reference cascade on lists of 50 candidates and histories
 of 50 events, 1,024 requests a step. Both losses train in one process, turn by turn on the same batch, so that whatever
-else the machine does meets both. The verdict is on the processor's time, which other work on the machine changes least.
+else the machine does meets both. The bar holds for the processor's time and for the clock, which wants a quiet machine.
 Losses alone: forward and backward of every loss on three stages of scores, one fresh process each; memory is what the
 process's peak grows by.
 """
@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from _shards import publish_shards
 
-from raycascade import plugins, storage
+from raycascade import plugins
 from raycascade.batch import Batch, Targets, collate
 from raycascade.config import Config, parse_config
-from raycascade.fitting import FitPart
 from raycascade.schema import FeatureSchema
-from raycascade.shards import Shards, publish, write_part
+from raycascade.shards import Shards
 from raycascade.training.loop import Place, Run
 
 NUM_ITEMS, NUM_USERS, WIDTH, PER_LEVEL = 50_000, 38_000, 50, 10
@@ -42,7 +42,7 @@ STAGES = [
      "model": {"name": "two_tower", "dim": 8, "hidden": [128, 64], "vector_dim": 32, "similarity": "dot"}},
     {"name": "pre_ranker", "keep": QUOTAS[1], "model": {"name": "mlp", "dim": 8, "hidden": [128, 64, 32]}},
     {"name": "ranker", "keep": QUOTAS[2],
-     "model": {"name": "din", "dim": 8, "hidden": [128, 128, 32], "activation": "relu", "attention_hidden": [80, 80],
+     "model": {"name": "din", "dim": 8, "hidden": [128, 128, 32], "activation": "relu", "attention_hidden": [80],
                "attention_activation": "relu", "normalise": "softmax"}},
 ]
 
@@ -82,18 +82,7 @@ def write_shards(root: str, *, num_requests: int) -> Shards:
     })
     items = pa.table({"item_id": np.arange(NUM_ITEMS), "upload_ms": START_MS - draw.integers(0, 1 << 32, NUM_ITEMS),
                       **{name: draw.integers(0, size, NUM_ITEMS) for name, size in ITEM_IDS.items()}})
-    part = FitPart(schema())
-    part.add_requests(requests, where="benchmark")
-    part.add_items(items, where="benchmark")
-    state = part.finish(items, as_of_ms=START_MS + (1 << 32))
-    folder = storage.join(root, "v-1")
-    state.save(storage.join(folder, "features"))
-    encoded = {"requests/train": state.encode_requests(requests, where="requests"),
-               "items": state.encode_items(items, where="items")}
-    for prefix, table in encoded.items():
-        write_part(storage.join(folder, prefix, "part-00000.parquet"), iter([table]))
-    publish(root, "v-1", {"requests": {"train": num_requests}, "fingerprint": schema().fingerprint()})
-    return Shards.open(root)
+    return publish_shards(root, schema(), requests, items, as_of_ms=START_MS + (1 << 32))
 
 
 def config_of(root: str, loss: dict[str, Any]) -> Config:
@@ -123,7 +112,7 @@ def peak_mb() -> float:
 
 
 def compare_steps(*, requests: int, steps: int, warm_up: int) -> float:
-    """Prints the table of both losses and gives the ratio of their medians."""
+    """Prints the table of both losses and gives the larger of the ratios by processor and by clock."""
     losses = {"bce": {"name": "bce", "entry_levels": [0, 1, 3]}, "lcron": {"name": "lcron"}}
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in losses}
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +133,7 @@ def compare_steps(*, requests: int, steps: int, warm_up: int) -> float:
         print(f"{name:<14}{processor:>10.2f} s{memory:>9,.0f} MB{clock:>10.2f} s{least:>12.2f} s")
     ratios = [after / before for before, after in zip(rows["bce"], rows["lcron"], strict=True)]
     print("{:<14}{:>12.3f}{:>12.3f}{:>12.3f}{:>14.3f}".format("lcron / bce", *ratios), flush=True)
-    return ratios[0]
+    return max(ratios[0], ratios[2])
 
 
 # ---------------------------------------------------------------- a loss alone
@@ -199,7 +188,7 @@ def main() -> int:
     ratio = compare_steps(requests=options.requests, steps=options.steps, warm_up=options.warm_up)
     largest = compare_alone()
     met = ratio <= TIME_BAR and largest < MEMORY_BAR_MB
-    print(f"command: python {' '.join(sys.argv)}; bars: lcron / bce <= {TIME_BAR} of the processor's time, "
+    print(f"command: python {' '.join(sys.argv)}; bars: lcron / bce <= {TIME_BAR} by processor and by clock, "
           f"a loss alone < {MEMORY_BAR_MB:,} MB: {'met' if met else 'missed'}")
     return int(not met)
 

@@ -392,15 +392,3 @@ def test_the_loss_of_one_task_leaves_the_logits_of_the_others_their_own_paramete
     first, second = touched(0), touched(1)
     assert (first & ~second).any()
     assert (second & ~first).any()
-
-
-# ---------------------------------------------------------------- silence
-@every_case
-def test_a_silenced_model_gives_every_candidate_the_same_logit_and_still_learns(name: str, options: dict[str, Any]):
-    model, batch = build(name, options, generic=False), random_batch()
-    model.silence()
-    logits_QCT = model(batch)
-    if options.get("similarity", "cosine" if name == "two_tower" else "") != "cosine":
-        assert_close(logits_QCT[batch.mask_QC], torch.zeros_like(logits_QCT[batch.mask_QC]), atol=1e-7)
-    weighted_loss(model.train(), batch).backward()
-    assert any(bool(dense_grad(p).abs().sum() > 0) for p in model.parameters() if p.grad is not None)
