@@ -36,6 +36,7 @@ SPACE = FeatureSpace(
 )
 HISTORY_FIELDS = tuple(SPACE[name] for name in SPACE.history_fields) + SPACE.of("event")
 TORCH_MODELS = tuple(n for n in plugins.names("models") if issubclass(plugins.find("models", n), nn.Module))
+FITTED_MODELS = tuple(n for n in plugins.names("models") if n not in TORCH_MODELS)  # without parameters, frozen
 
 # Options beside the defaults under which a model must keep its promises too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -44,6 +45,33 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"normalise": "softmax", "attention_hidden": [8, 4], "attention_activation": "sigmoid", "dense": "field"},
         {"attention_activation": "dice", "attention_hidden": [6], "activation": "prelu", "products": True},
     ],
+    "wide_deep": [{"crosses": ["user_id x type"], "dense": "field", "norm": "batch"}],
+    "deepfm": [{"hidden": [], "dim": 3}, {"norm": "layer"}],
+    "dcn": [{"hidden": [], "num_layers": 4}, {"num_layers": 1, "dense": "field", "norm": "batch"}],
+    "dcn_v2": [
+        {"rank": 3, "experts": 2, "structure": "stacked", "activation": "silu", "hidden": [12]},
+        {"rank": 4, "num_layers": 3, "hidden": []},
+        {"structure": "stacked", "hidden": [], "num_layers": 1, "dense": "field"},
+    ],
+    "edcn": [
+        {"bridge": "concat", "num_layers": 3, "gate_scale": "fields", "dim": 4},
+        {"bridge": "attention", "temperature": 0.5, "dim": 4},
+        {"bridge": "add", "num_layers": 1, "dim": 4},
+    ],
+    "bst": [{"blocks": 2, "heads": 3, "pool": "mean", "position": "events"},
+            {"mask": "full", "blocks": 2}],
+    "dien": [{"attention": "mlp", "attention_hidden": [6], "auxiliary": "mlp", "pooled": True, "activation": "prelu"},
+             {"alpha": 0.0, "dense": "field"}],
+    "shared_bottom": [{"hidden": [16, 8], "activation": "dice", "tower_hidden": []}],
+    "mmoe": [{"hidden": [16, 8], "activation": "prelu", "experts": 2, "tower_hidden": []}],
+    "ple": [{"levels": 2, "hidden": [16, 8], "activation": "dice", "own_experts": 1, "shared_experts": 2}],
+    "autoint": [{"hidden": [8], "num_layers": 1, "heads": 3, "norm": "batch"}],
+    "dlrm": [{"bottom_hidden": [], "hidden": [], "activation": "dice"}, {"norm": "batch", "dim": 3}],
+    "afm": [{"l2_attention": 0.1, "attention_dim": 3}],
+    "fibinet": [{"bilinear": "all", "excitation": "sigmoid", "dim": 2, "hidden": []},
+                {"bilinear": "interaction", "norm": "batch", "hidden": [8]}],
+    "deepffm": [{"product": "inner", "hidden": [], "dim": 2}, {"norm": "batch", "activation": "silu"}],
+    "fat_deepffm": [{"product": "inner", "hidden": [8], "norm": "batch"}, {"hidden": [], "reduction": 1, "dim": 2}],
     "two_tower": [{"similarity": "dot", "user_history": "attention", "item_bias": True, "activation": "tanh",
                    "item_hidden": []}],
 }
@@ -120,8 +148,9 @@ def random_batch(
     counts = torch.randint(min(2, c), c + 1, (q,), generator=generator)
     events[:2] = torch.tensor([0, length])[:q]
     counts[2:3] = 1
-    history_fields = tuple(space[name] for name in space.history_fields) + space.of("event")
-    return Batch(
+    item_fields = tuple(space[name] for name in space.history_fields)
+    history_fields = item_fields + space.of("event")
+    batch = Batch(
         user={f.name: values(f, (q,), generator) for f in space.of("request")},
         item={f.name: values(f, (q, c), generator) for f in space.of("item", "pair")},
         history={f.name: values(f, (q, length), generator) for f in history_fields},
@@ -131,6 +160,7 @@ def random_batch(
         mask_QC=torch.arange(c) < counts[:, None],
         time_ms_Q=torch.arange(q) + 1_600_000_000_000,
     )
+    return replace(batch, history_negatives={f.name: values(f, (q, length), generator) for f in item_fields})
 
 
 # ---------------------------------------------------------------- edits
@@ -140,6 +170,7 @@ def requests_at(batch: Batch, at: list[int]) -> Batch:
         return {name: x[at] for name, x in group.items()}
 
     return replace(batch, user=take(batch.user), item=take(batch.item), history=take(batch.history),
+                   history_negatives=batch.history_negatives and take(batch.history_negatives),
                    history_mask_QL=batch.history_mask_QL[at], history_rows_QL=batch.history_rows_QL[at],
                    candidates_QC=batch.candidates_QC[at], mask_QC=batch.mask_QC[at], time_ms_Q=batch.time_ms_Q[at])
 
@@ -152,7 +183,9 @@ def with_candidates(batch: Batch, edit: Callable[[Tensor], Tensor]) -> Batch:
 
 def with_history(batch: Batch, edit: Callable[[Tensor], Tensor]) -> Batch:
     """Everything that has one row an event, edited alike."""
+    negatives = batch.history_negatives
     return replace(batch, history={name: edit(x) for name, x in batch.history.items()},
+                   history_negatives=negatives and {name: edit(x) for name, x in negatives.items()},
                    history_mask_QL=edit(batch.history_mask_QL), history_rows_QL=edit(batch.history_rows_QL))
 
 
@@ -174,7 +207,9 @@ def padded_history(batch: Batch, *, front: bool, num_events: int = 3) -> Batch:
     other = random_batch(num_requests=batch.num_requests, history_len=num_events, seed=99)
     other = replace(other, history_mask_QL=torch.zeros_like(other.history_mask_QL))
     first, last = (other, batch) if front else (batch, other)
+    negatives = first.history_negatives or {}, last.history_negatives or {}
     return replace(batch, history={n: joined(first.history[n], last.history[n]) for n in batch.history},
+                   history_negatives={n: joined(x, negatives[1][n]) for n, x in negatives[0].items()},
                    history_mask_QL=joined(first.history_mask_QL, last.history_mask_QL),
                    history_rows_QL=joined(first.history_rows_QL, last.history_rows_QL))
 

@@ -18,6 +18,7 @@ from raycascade.keys import fold
 from raycascade.ragged import Ragged
 from raycascade.schema import (
     FIRST_ROW,
+    OF_HISTORY,
     AgeFeature,
     ClockFeature,
     CrossFeature,
@@ -36,7 +37,8 @@ class Targets:
 
     relevance_QC: graded, larger = better; reached_QC: the deepest logged level (0 = sampled from the catalogue);
     labels: each [Q, C] float, NaN where unobserved; log_q_QC: log of the probability with which a candidate was
-    sampled into the list (0 for logged ones), for popularity-corrected losses.
+    sampled into the list (0 for logged ones), for popularity-corrected losses; item_shares_QC: each item's share of the
+    training positives, for models that hold the batch's positives against one another.
     """
 
     relevance_QC: Tensor
@@ -46,12 +48,14 @@ class Targets:
     k: int
     labels: Mapping[str, Tensor]
     log_q_QC: Tensor | None = None
+    item_shares_QC: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """`user` holds user and context fields [Q, ...]; `item` item and pair fields [Q, C, ...]; `history` event fields
-    and the events' own item fields [Q, L, ...], oldest first, left-aligned."""
+    and the events' own item fields [Q, L, ...], oldest first, left-aligned; `history_negatives`, in training only, the
+    same item fields of a random other item beside each event."""
 
     user: Mapping[str, Tensor]
     item: Mapping[str, Tensor]
@@ -64,6 +68,7 @@ class Batch:
     request_ids: tuple[object, ...] = ()
     exclude: tuple[np.ndarray, ...] = ()  # item rows that must not be recommended, one array a request
     targets: Targets | None = None
+    history_negatives: Mapping[str, Tensor] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -97,14 +102,21 @@ class Batch:
             places = places_QL.reshape(*places_QL.shape, *[1] * (values.ndim - 2))
             return values.gather(1, places.expand(-1, -1, *values.shape[2:]))
 
+        negatives = self.history_negatives
         return replace(self, history={name: cut(values) for name, values in self.history.items()},
-                       history_mask_QL=cut(self.history_mask_QL), history_rows_QL=cut(self.history_rows_QL))
+                       history_mask_QL=cut(self.history_mask_QL), history_rows_QL=cut(self.history_rows_QL),
+                       history_negatives=negatives and {name: cut(values) for name, values in negatives.items()})
 
     def with_candidates(self, rows_QC: Tensor, mask_QC: Tensor, items: ItemTable) -> "Batch":
         """The same requests over other candidates (the survivors of a stage). There are no targets for them."""
         rows_QC = torch.where(mask_QC, rows_QC, 0)
         bare = replace(self, candidates_QC=rows_QC, mask_QC=mask_QC, targets=None)
         return replace(bare, item=_item_side(bare, items))
+
+    def with_history_negatives(self, rows_QL: np.ndarray, items: ItemTable) -> "Batch":
+        """The same requests with another item beside each event of the history, for models that must tell them."""
+        fields = items.fields(rows_QL, 0, names=items.state.space.history_fields)
+        return replace(self, history_negatives=fields)
 
 
 def _mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:
@@ -252,13 +264,26 @@ def _crosses(batch: Batch, state: FeatureState, side: str) -> dict[str, Tensor]:
     crossed: dict[str, Tensor] = {}
     for position, feature in enumerate(state.schema.features):
         if isinstance(feature, CrossFeature) and state.side_of(feature) == side:
-            user = batch.user if side == "request" else {name: value[:, None] for name, value in batch.user.items()}
-            parts = [batch.item[p] if p in batch.item else user[p] for p in feature.parts]
-            rows = torch.broadcast_tensors(*parts)
+            parts = [_part(batch, part, feature) for part in feature.parts]
+            aligned = [part.reshape(*part.shape[:2], *[1] * n, part.shape[2], *[1] * (len(parts) - n - 1))
+                       for n, part in enumerate(parts)]
+            rows = torch.broadcast_tensors(*aligned)  # [Q, C or 1, values of part 0, values of part 1, ...]
             known = torch.stack([part >= FIRST_ROW for part in rows]).all(0)
             hashed = fold([part.numpy() for part in rows], seed=position) % np.uint64(feature.buckets)
-            crossed[feature.name] = torch.where(known, torch.from_numpy(hashed.astype(np.int64)) + FIRST_ROW, 0)
+            combined = torch.where(known, torch.from_numpy(hashed.astype(np.int64)) + FIRST_ROW, 0)
+            combined = combined.flatten(2)[:, 0] if side == "request" else combined.flatten(2)
+            crossed[feature.name] = combined if state.space[feature.name].form == "ids" else combined[..., 0]
     return crossed
+
+
+def _part(batch: Batch, part: str, cross: CrossFeature) -> Tensor:
+    """Rows of a part of a cross [Q, C or 1, values]; 0 where there is no value."""
+    if part.startswith(OF_HISTORY):
+        newest = batch.newest_events(cross.max_events)
+        rows, mask_QL = newest.history[part.removeprefix(OF_HISTORY)], newest.history_mask_QL
+        return torch.where(mask_QL.reshape(*mask_QL.shape, *[1] * (rows.ndim - 2)), rows, 0).flatten(1)[:, None]
+    rows = batch.item[part] if part in batch.item else batch.user[part][:, None]
+    return rows if rows.ndim == 3 else rows.unsqueeze(-1)
 
 
 def _targets(

@@ -3,11 +3,12 @@
     <bundles>/<id>/manifest.json   config.yaml   features/   items/   users/   stages/<name>/weights.safetensors
                    index/   metrics.json   report.html
 
+A stage of trees has model.ubj and columns.json in place of its weights.
 Only the bundle crosses from training to scoring and serving. This file owns its format.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,7 @@ from raycascade.keys import to_keys
 from raycascade.ragged import Ragged
 
 FORMAT_VERSION = 1
+WEIGHTS = "weights.safetensors"
 MUTABLE = ("manifest.json", "report.html")  # written after the rest, so not under its hashes
 SERVED_COLUMNS = ("request_id", "user_key", "time_ms")
 
@@ -180,12 +182,36 @@ def save_bundle(
     _write_parquet(storage.join(uri, "items/items.parquet"), encoded_items)
     _write_parquet(storage.join(uri, "users/users.parquet"), users)
     for name in cascade.names:
-        weights = {key: value.detach().cpu().contiguous() for key, value in cascade.stage_state(name).items()}
-        storage.write_bytes(storage.join(uri, "stages", name, "weights.safetensors"), safetensors.torch.save(weights))
+        for file, content in _stage_files(cascade, name).items():
+            storage.write_bytes(storage.join(uri, "stages", name, file), content)
     build_index(config, cascade.eval(), items).save(storage.join(uri, "index"))
     storage.write_json(storage.join(uri, "metrics.json"), metrics)
     write_manifest(uri, fingerprint=items.state.schema.fingerprint())
     return uri
+
+
+def _stage_files(cascade: Cascade, name: str) -> dict[str, bytes]:
+    """What a stage has learned, as file contents by name."""
+    if name in cascade.fitted:
+        return cascade.fitted[name].to_files()
+    weights = {key: value.detach().cpu().contiguous() for key, value in cascade.stage_state(name).items()}
+    return {WEIGHTS: safetensors.torch.save(weights)}
+
+
+def _load_stage(uri: str, cascade: Cascade, name: str, files: Iterable[str]) -> None:
+    """The inverse of `_stage_files`; BundleError where a stage does not fit the config."""
+    folder = storage.join("stages", name) + "/"
+    try:
+        if name in cascade.fitted:
+            own = [file for file in files if file.startswith(folder)]
+            cascade.fitted[name].from_files({f.removeprefix(folder): storage.read_bytes(storage.join(uri, f))
+                                             for f in own})
+            return
+        folder += WEIGHTS
+        cascade.load_stage_state(name, safetensors.torch.load(storage.read_bytes(storage.join(uri, folder))))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BundleError(f"{uri}/{folder.rstrip('/')}: they do not fit the config ({reason}); train again") from None
 
 
 def write_manifest(uri: str, *, fingerprint: str) -> None:
@@ -255,13 +281,7 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
     items = ItemTable.from_encoded(pq.read_table(path, filesystem=filesystem), state)
     cascade = Cascade(config, state.space)
     for name in cascade.names:
-        weights = safetensors.torch.load(storage.read_bytes(storage.join(uri, "stages", name, "weights.safetensors")))
-        try:
-            cascade.load_stage_state(name, weights)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise BundleError(f"{uri}/stages/{name}/weights.safetensors: they do not fit the config ({reason}); "
-                              "train again") from None
+        _load_stage(uri, cascade, name, manifest["files"])
     plugin, options = plugins.options("indexes", config.index, "index")
     index = plugin(options)
     index.load(storage.join(uri, "index"))

@@ -1,21 +1,22 @@
 """The cascade as one module: every stage scores, a funnel narrows, and every answer says where an item was lost."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from raycascade import plugins
 from raycascade.batch import Batch
-from raycascade.config import Config
+from raycascade.config import Config, Stage
 from raycascade.errors import ConfigError
 from raycascade.indexes import Candidates, ItemIndex
 from raycascade.items import ItemTable
-from raycascade.models import StageModel, TowerModel
-from raycascade.schema import PADDING, FeatureSpace
+from raycascade.models import FittedModel, StageModel, TowerModel
+from raycascade.schema import PADDING, FeatureSpace, near_miss
 
 ITEM_CHUNK = 65_536  # items embedded at once
 
@@ -52,22 +53,37 @@ class Ranking:
 
 
 class Cascade(nn.Module):
-    """The stages of a config over a feature space. Stages share no parameters."""
+    """The stages of a config over a feature space. Stages share no parameters.
+
+    `models` are those that train by gradients; `fitted` those that are fitted at once and have no parameters.
+    """
 
     def __init__(self, config: Config, space: FeatureSpace) -> None:
         super().__init__()
         self.names = tuple(stage.name for stage in config.stages)
         self.keeps = tuple(stage.keep for stage in config.stages)
         self.quotas = config.quotas
+        self.stages = {stage.name: stage for stage in config.stages}
         self.models = nn.ModuleDict()
+        self.fitted: dict[str, FittedModel] = {}
         for position, stage in enumerate(config.stages):
             plugin, options = plugins.options("models", stage.model, f"stages.{position}.model")
             try:
-                self.models[stage.name] = plugin(options, space.without(stage.exclude))
+                _refuse_unknown_tasks(stage, space)
+                model = plugin(options, space.without(stage.exclude), num_tasks=stage.num_tasks)
+                if isinstance(model, nn.Module):
+                    self.models[stage.name] = model
+                else:
+                    _refuse_of_fitted(stage, first=position == 0)
+                    self.fitted[stage.name] = model
             except ConfigError as error:
                 raise ConfigError(f"stages.{position} ({stage.name}): {error}") from None
             if stage.prior:  # starts as the stage before it, and learns what to add
                 self.model(stage.name).silence()
+        first = config.stages[0]
+        if first.fusion and hasattr(self.models[first.name], "embed_items"):
+            raise ConfigError(f"stages.0 ({first.name}): an index searches by one product of vectors, which the fusion "
+                              f"of {list(first.tasks)} is not; give the first stage a single task without a fusion")
         self.prior_scales = nn.ParameterDict({s.name: nn.Parameter(torch.ones(())) for s in config.stages if s.prior})
 
     def stage_state(self, name: str) -> dict[str, Tensor]:
@@ -86,7 +102,12 @@ class Cascade(nn.Module):
 
     def model(self, name: str) -> StageModel:
         """The model of a stage."""
-        return cast(StageModel, self.models[name])
+        return self.fitted[name] if name in self.fitted else cast(StageModel, self.models[name])
+
+    @property
+    def training_needs(self) -> frozenset[str]:
+        """What the models' training batches must bring beyond the log (`TorchModel.training_needs`)."""
+        return frozenset().union(*(getattr(model, "training_needs", ()) for model in self.models.values()))
 
     @property
     def retriever(self) -> TowerModel:
@@ -99,15 +120,32 @@ class Cascade(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scores [Q, C] of every stage for every candidate."""
+        return self.scores_from(self.logits(batch))
+
+    def logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits [Q, C, T] of every stage's model, a column for each task."""
+        return {name: self.model(name)(batch) for name in self.names}
+
+    def scores_from(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores [Q, C] of every stage from the logits of all."""
         scores: dict[str, Tensor] = {}
         before_QC: Tensor | None = None
         for name in self.names:
-            before_QC = scores[name] = self.with_prior(name, self.score(name, batch), before_QC)
+            before_QC = scores[name] = self.with_prior(name, self.fused(name, logits[name]), before_QC)
         return scores
 
     def score(self, name: str, batch: Batch) -> Tensor:
         """Scores [Q, C] of a stage's model alone, float32, without the prior."""
-        return self.models[name](batch)[:, :, 0].float()
+        return self.fused(name, self.model(name)(batch))
+
+    def fused(self, name: str, logits_QCT: Tensor) -> Tensor:
+        """The stage's score [Q, C], float32, from its tasks' logits: the only one, or as its fusion declares."""
+        fusion = self.stages[name].fusion
+        if fusion is None:
+            return logits_QCT[:, :, 0].float()
+        weights_T = logits_QCT.new_tensor([fusion.weights.get(task, 0.0) for task in self.stages[name].tasks]).float()
+        share = functional.logsigmoid if fusion.product else torch.sigmoid
+        return (share(logits_QCT.float()) * weights_T).sum(-1)
 
     def with_prior(self, name: str, own_QC: Tensor, before_QC: Tensor | None) -> Tensor:
         """A stage's score from its model's logit and the score of the stage before (which gets no gradient)."""
@@ -164,6 +202,26 @@ class Cascade(nn.Module):
             rows = rows_N[start:start + ITEM_CHUNK]
             fields = items.fields(rows, items.state.as_of_ms)
             yield rows, self.retriever.embed_items(fields).float().numpy()
+
+
+def _refuse_of_fitted(stage: Stage, *, first: bool) -> None:
+    """What only means something for a stage that trains by gradients."""
+    kind = stage.model["name"]
+    if first:
+        raise ConfigError(f"{kind} has no item vectors to search a catalogue by; put a model such as two_tower first")
+    if stage.prior:
+        raise ConfigError(f"{kind} is fitted before the other stages train, so there is no score yet to add to; "
+                          "leave prior out")
+    for option in ("loss", "epochs", "lr"):
+        if getattr(stage, option) is not None:
+            raise ConfigError(f"{option}: {kind} is fitted by its own objective in its own rounds; leave it out, and "
+                              "set the options of the model")
+
+
+def _refuse_unknown_tasks(stage: Stage, space: FeatureSpace) -> None:
+    for task in stage.tasks:
+        if task not in space.labels:
+            raise ConfigError(f"tasks: {task!r} is not a label of the log{near_miss(task, space.labels)}")
 
 
 @dataclass(frozen=True)

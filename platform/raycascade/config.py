@@ -77,8 +77,30 @@ class Splits(Frozen):
         return {name: (starts[name], stop) for name, stop in zip(names, ends, strict=True)}  # type: ignore[misc]
 
 
+class Fusion(Frozen):
+    """A stage's score from the probabilities p of its tasks, weights w by task: `product`, sum of w ln p, which orders
+    like the product of the p^w, or `sum`, sum of w p; one of the two. A task that is left out trains without a say."""
+
+    product: dict[str, float] | None = None
+    sum: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Fusion":
+        if (self.product is None) == (self.sum is None) or not any(self.weights.values()):
+            raise ConfigError("fusion: expected either product or sum with weights by task, such as "
+                              f"{{product: {{click: 1.0}}}}; got product {self.product}, sum {self.sum}")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """w by task."""
+        return self.product or self.sum or {}
+
+
 class Stage(Frozen):
     """One stage: a model that scores, and how many candidates go on. `exclude` hides features from the model;
+    `tasks`: feedback labels that the model predicts, one logit each, and `fusion` how they become the stage's score
+    (None: the logit of the only task); without tasks there is one logit, the score;
     `loss` trains the stage alone instead of with the others; `prior` adds the score of the stage before, times a
     learned factor, to the model's: the stage then learns what the stage before does not know. `epochs`: trains
     in the first so many epochs only (with a prior, 1: later on the stage before has seen the rows, and its scores
@@ -87,11 +109,57 @@ class Stage(Frozen):
     name: str = Option(pattern=r"^[a-z][a-z0-9_]*$")
     keep: int = Option(ge=1)
     model: dict[str, Any]
+    tasks: tuple[str, ...] = ()
+    fusion: Fusion | None = None
     loss: dict[str, Any] | None = None
     exclude: tuple[str, ...] = ()
     prior: bool = False
     epochs: int | None = Option(default=None, ge=1)
     lr: float | None = Option(default=None, gt=0)
+
+    @property
+    def num_tasks(self) -> int:
+        """Logits of the model."""
+        return max(1, len(self.tasks))
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> "Stage":
+        where, tasks, named = f"stage {self.name!r}", list(self.tasks), set(self.tasks)
+        if len(named) < len(tasks):
+            raise ConfigError(f"{where}: tasks must differ, got {tasks}")
+        if len(tasks) > 1 and self.fusion is None:
+            weights = ", ".join(f"{task}: 1.0" for task in tasks)
+            raise ConfigError(f"{where}: {len(tasks)} tasks make no score by themselves; "
+                              f"add fusion: {{product: {{{weights}}}}}, or sum")
+        for task in self.fusion.weights if self.fusion else ():
+            if task not in named:
+                raise ConfigError(f"{where}: fusion: {task!r} is not a task of the stage{near_miss(task, named)}")
+        if tasks and self.prior:
+            raise ConfigError(f"{where}: prior adds to one logit and cannot go with tasks; leave prior out, or give "
+                              "the stage one label by loss: {name: bce, label: ...}")
+        if tasks and not self._fits_itself():
+            _refuse_other_losses(self)
+        return self
+
+    def _fits_itself(self) -> bool:
+        """Whether the model has an objective of its own, such as gbdt, and needs no loss."""
+        name = self.model.get("name")
+        return name in plugins.names("models") and hasattr(plugins.find("models", name), "to_files")
+
+
+def _refuse_other_losses(stage: Stage) -> None:
+    """Tasks are trained by a loss of the stage's own that can judge each by its label."""
+    where = f"stage {stage.name!r}"
+    plugin, options = plugins.options("losses", stage.loss, f"{where}: loss") if stage.loss else (None, None)
+    if plugin is None or not hasattr(plugin, "over_tasks"):
+        raise ConfigError(f"{where}: tasks are trained by a loss of the stage's own, got "
+                          f"{stage.loss['name'] if stage.loss else 'none'}; set loss: {{name: bce}}")
+    if getattr(options, "label", None):
+        raise ConfigError(f"{where}: loss.label and tasks both name labels; leave label out")
+    for task in getattr(options, "task_weights", {}):
+        if task not in stage.tasks:
+            raise ConfigError(f"{where}: loss.task_weights: {task!r} is not a task of the stage"
+                              f"{near_miss(task, stage.tasks)}")
 
 
 class Lists(Frozen):
@@ -195,6 +263,8 @@ class Config(Frozen):
             plugins.options("models", stage.model, f"stages.{position}.model")
             if stage.loss:
                 plugins.options("losses", stage.loss, f"stages.{position}.loss")
+            if not stage.tasks and stage.loss and stage.loss.get("task_weights"):
+                raise ConfigError(f"stages.{position} ({stage.name}): loss.task_weights without tasks; list the tasks")
         if self.stages[0].prior:
             raise ConfigError(f"stages.0 ({self.stages[0].name}): prior needs a stage before it; remove it")
         for folder, spec in (("datasets", self.dataset), ("losses", self.loss), ("indexes", self.index)):
@@ -248,7 +318,8 @@ def _problem(error: ValidationError) -> str:
     for part in path:
         if isinstance(part, str) and part in model.model_fields:
             model = {"paths": Paths, "splits": Splits, "stages": Stage, "lists": Lists, "train": Train,
-                     "evaluate": Evaluate, "negatives": Negatives, "compare": Compare}.get(part, model)
+                     "evaluate": Evaluate, "negatives": Negatives, "compare": Compare,
+                     "fusion": Fusion}.get(part, model)
     return plugins.first_problem(error, model)
 
 

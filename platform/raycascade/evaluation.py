@@ -53,9 +53,14 @@ class CatalogueRecall:
 class Measured:
     """Everything that was measured of one bundle on one split; mergeable over workers."""
 
-    def __init__(self, names: tuple[str, ...], quotas: tuple[int, ...], k: int) -> None:
+    def __init__(
+        self, names: tuple[str, ...], quotas: tuple[int, ...], k: int, *, tasks: tuple[str, ...] = (),
+        fused: bool = False,
+    ) -> None:
+        """`tasks`: "<stage>/<task>" of every stage with tasks; `fused`: the last stage's score is no logit."""
         self.lists = ListMetrics(names, quotas, k)
-        self.ranker = BinaryMetrics()
+        self.ranker, self.fused = BinaryMetrics(), fused
+        self.tasks = {name: BinaryMetrics() for name in tasks}
         self.catalogue = CatalogueRecall()
         self.baseline_lists = {name: ListMetrics(names, quotas, k) for name in BASELINES}
         self.baseline_catalogue = {name: CatalogueRecall() for name in BASELINES}
@@ -64,6 +69,8 @@ class Measured:
         """Adds what another worker measured."""
         self.lists.merge(other.lists)
         self.ranker.merge(other.ranker)
+        for name, task in self.tasks.items():
+            task.merge(other.tasks[name])
         self.catalogue.merge(other.catalogue)
         for name in BASELINES:
             self.baseline_lists[name].merge(other.baseline_lists[name])
@@ -71,7 +78,12 @@ class Measured:
 
     def metrics(self) -> dict[str, float]:
         """All figures of the cascade by name; what is not defined on this split is left out."""
-        found = {**self.catalogue.result(), **self.lists.result(), **self.ranker.result()}
+        ranker = self.ranker.result()
+        if self.fused:  # an order without probabilities
+            ranker = {name: ranker[name] for name in ("auc", "gauc")}
+        tasks = {f"{metric}/{name}": value for name, task in self.tasks.items()
+                 for metric, value in task.result().items()}
+        found = {**self.catalogue.result(), **self.lists.result(), **ranker, **tasks}
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def baselines(self) -> dict[str, dict[str, float]]:
@@ -85,7 +97,10 @@ class Evaluator:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.measured = Measured(bundle.cascade.names, bundle.cascade.quotas, bundle.config.lists.k)
+        stages = bundle.config.stages
+        self.measured = Measured(bundle.cascade.names, bundle.cascade.quotas, bundle.config.lists.k,
+                                 tasks=tuple(f"{stage.name}/{task}" for stage in stages for task in stage.tasks),
+                                 fused=stages[-1].fusion is not None or not _is_logit(bundle))
         self.popularity = Popularity(bundle.items, bundle.config.evaluate.popularity_hours)
 
     @torch.no_grad()
@@ -99,7 +114,8 @@ class Evaluator:
 
     def _on_lists(self, batch: Batch) -> None:
         assert batch.targets is not None
-        scores = self.bundle.cascade(batch)
+        logits = self.bundle.cascade.logits(batch)
+        scores = self.bundle.cascade.scores_from(logits)
         popular_QC = torch.from_numpy(self.popularity.scores_N[batch.candidates_QC.numpy()])
         flat = {"popularity": popular_QC, "random": torch.zeros_like(popular_QC)}  # equal scores: the tie key draws
         self.measured.lists.update(scores, batch.targets, batch.request_ids, batch.candidates_QC)
@@ -110,6 +126,10 @@ class Evaluator:
         if positive in batch.targets.labels:
             label_QC = torch.where(batch.mask_QC, batch.targets.labels[positive], torch.nan)
             self.measured.ranker.update(scores[self.bundle.cascade.names[-1]], label_QC, batch.request_ids)
+        for stage in self.bundle.config.stages:
+            for task, logits_QC in zip(stage.tasks, logits[stage.name].unbind(2), strict=False):
+                label_QC = torch.where(batch.mask_QC, batch.targets.labels[task], torch.nan)
+                self.measured.tasks[f"{stage.name}/{task}"].update(logits_QC, label_QC, batch.request_ids)
 
     def _on_catalogue(self, batch: Batch, requests: pa.Table) -> None:
         assert batch.targets is not None
@@ -141,6 +161,11 @@ class Evaluator:
             expected = sum(len(rows) * min(1.0, width / free) for rows, free in zip(truth, free_Q, strict=True))
             measured.baseline_catalogue["popularity"].add(f"recall@{width}", count_hits(popular_QK[:, :width], truth))
             measured.baseline_catalogue["random"].add(f"recall@{width}", expected)
+
+
+def _is_logit(bundle: Bundle) -> bool:
+    """Whether the last stage scores by the logit of a probability; trees fitted to an order do not."""
+    return getattr(bundle.cascade.model(bundle.cascade.names[-1]), "calibrated", True)
 
 
 class Popularity:

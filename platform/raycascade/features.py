@@ -4,6 +4,7 @@
 by training, batch scoring and serving.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import (
     FIRST_ROW,
     NUM_AGE_BUCKETS,
+    OF_HISTORY,
     UNKNOWN,
     AgeFeature,
     ClockFeature,
@@ -140,7 +142,9 @@ class FeatureState:
             table = feature.vocabulary or name
             return [Field(name=name, side=side, form="id", table=table, num_rows=self.vocabularies[table].num_rows)]
         if isinstance(feature, CrossFeature):
-            return [Field(name=name, side=side, form="id", table=name, num_rows=FIRST_ROW + feature.buckets)]
+            width = math.prod(self._num_values(part, feature) for part in feature.parts)
+            return [Field(name=name, side=side, form="id" if width == 1 else "ids", table=name,
+                          num_rows=FIRST_ROW + feature.buckets, width=width, pool="mean" if width == 1 else "sum")]
         if isinstance(feature, ClockFeature):
             return [Field(name=name, side=side, form="id", table=feature.table or name,
                           num_rows=FIRST_ROW + CLOCK_SIZES[feature.part])]
@@ -153,12 +157,20 @@ class FeatureState:
         indicator = isinstance(feature, DenseFeature) and self.dense[name].missing
         return [Field(name=n, side=side, form="dense") for n in ([name, f"{name}_missing"] if indicator else [name])]
 
+    def _num_values(self, part: str, cross: CrossFeature) -> int:
+        """The most values that a part of a cross has."""
+        feature = next(f for f in self.schema.features if f.name == part.removeprefix(OF_HISTORY))
+        history = self.schema.history
+        events = min(cross.max_events, history.max_len) if history and part.startswith(OF_HISTORY) else 1
+        return events * (feature.max_len if isinstance(feature, IdsFeature) else 1)
+
     def side_of(self, feature: Feature) -> FieldSide:
         """Which side of a model a declared feature feeds: request, item, pair or event."""
         if isinstance(feature, CrossFeature):
             parts = [f for f in self.schema.features if f.name in feature.parts]
             sides = {part.side for part in parts if not isinstance(part, CrossFeature)}
-            request, item = bool(sides & {"user", "context"}), "item" in sides
+            of_history = any(part.startswith(OF_HISTORY) for part in feature.parts)
+            request, item = of_history or bool(sides & {"user", "context"}), "item" in sides
             return "pair" if request and item else "item" if item else "request"
         if isinstance(feature, MatchFeature):
             return "pair"

@@ -55,6 +55,15 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True)
+class FeatureImportance:
+    """What a column does in a stage of trees: mean gain of its splits, mean |SHAP value| in units of the logit."""
+
+    feature: str
+    gain: float
+    shap: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What the page shows, in this order; an empty part is left out."""
 
@@ -66,6 +75,7 @@ class Report:
     kept_to_the_end: int | None = None  # positives that no stage dropped; beside the stages' `lost`
     losses: Sequence[StageLosses] = ()
     calibration: Mapping[str, Sequence[CalibrationBin]] = field(default_factory=dict)  # by task or stage
+    importance: Mapping[str, Sequence[FeatureImportance]] = field(default_factory=dict)  # by stage or task, best first
     curves: Mapping[str, Points] = field(default_factory=dict)  # part of the loss -> (step, value)
     validation: Mapping[str, Points] = field(default_factory=dict)  # name -> (epoch, value)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -76,7 +86,7 @@ class Report:
 
 def render_report(content: Report) -> str:
     """The whole page; the same content gives the same bytes, and every text in it is escaped."""
-    sections = (_survival, _stages, _losses, _calibration, _training, _metrics, _facts, _config)
+    sections = (_survival, _stages, _losses, _calibration, _importance, _training, _metrics, _facts, _config)
     title = escape(content.title)
     summary = f"<p class='lead'>{escape(content.summary)}</p>" if content.summary else ""
     return (
@@ -193,6 +203,18 @@ def _calibration(content: Report) -> str:
     text = ("Predicted probability against what happened: the closer to the diagonal, the better. The bars show how "
             "many candidates a bin holds.")
     return drawing.section("Calibration", text, drawing.beside(figures) + tables) if figures else ""
+
+
+def _importance(content: Report) -> str:
+    tables = ""
+    for name, columns in ((name, columns) for name, columns in content.importance.items() if columns):
+        rows = [[column.feature, number(column.shap), number(column.gain)] for column in columns]
+        table = drawing.table(f"Features of {name}", ["Feature", "Mean |SHAP|", "Gain of a split"], rows)
+        most = f"{escape(name)}: {escape(columns[0].feature)} moves the score most"
+        tables += f"<details><summary>{most}</summary>{table}</details>"
+    text = ("Stages of trees. Mean |SHAP| is how far a feature moves a candidate's score on average, gain how much a "
+            "split by it improves the objective.")
+    return drawing.section("Feature importance", text, tables) if tables else ""
 
 
 def _training(content: Report) -> str:

@@ -7,7 +7,8 @@ import yaml
 from raycascade import storage
 from raycascade.bundle import Bundle
 from raycascade.evaluation import Measured
-from raycascade.report import CalibrationBin, Report, StageLosses, StageResult, SurvivalPoint
+from raycascade.models.gbdt import Gbdt
+from raycascade.report import CalibrationBin, FeatureImportance, Report, StageLosses, StageResult, SurvivalPoint
 
 
 def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> Report:
@@ -32,7 +33,7 @@ def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> 
         survival=_survival(bundle, metrics, baselines), stages=_stages(bundle, measured, metrics),
         kept_to_the_end=int(recall.hits.get(f"recall@{bundle.cascade.keeps[-1]}", 0)) if recall.positives else None,
         losses=stage_losses(bundle.cascade.names, bundle.cascade.quotas, metrics),
-        calibration=_calibration(bundle, measured),
+        calibration=_calibration(bundle, measured), importance=_importance(bundle),
         curves={name: points for name, points in curves.items() if name not in validation}, validation=validation,
         metrics=metrics, baselines=baselines, facts=facts,
         config_yaml=yaml.safe_dump(bundle.config.model_dump(mode="json"), sort_keys=False),
@@ -84,8 +85,24 @@ def stage_losses(names: Sequence[str], quotas: Sequence[int], metrics: Mapping[s
 
 
 def _calibration(bundle: Bundle, measured: Measured) -> dict[str, Sequence[CalibrationBin]]:
-    if measured.ranker.num_rows == 0:
-        return {}
-    curve = zip(*measured.ranker.calibration_curve(), strict=True)
-    label = f"{bundle.cascade.names[-1]}: {bundle.state.schema.positive}"
-    return {label: [CalibrationBin(float(p), float(o), int(n)) for p, o, n in curve]}
+    """Of the last stage's score, where it is a logit, and of every task."""
+    predictions = {name.replace("/", ": "): task for name, task in measured.tasks.items()}
+    if not measured.fused:
+        predictions = {f"{bundle.cascade.names[-1]}: {bundle.state.schema.positive}": measured.ranker, **predictions}
+    curves = {label: seen.calibration_curve() for label, seen in predictions.items() if seen.num_rows}
+    return {label: [CalibrationBin(float(p), float(o), int(n)) for p, o, n in zip(*curve, strict=True)]
+            for label, curve in curves.items()}
+
+
+def _importance(bundle: Bundle) -> dict[str, list[FeatureImportance]]:
+    """Of every booster, the columns by their mean |SHAP value|, those that do nothing left out."""
+    found: dict[str, list[FeatureImportance]] = {}
+    for name, model in bundle.cascade.fitted.items():
+        assert isinstance(model, Gbdt), name
+        tasks = bundle.cascade.stages[name].tasks
+        labels = [f"{name}: {task}" for task in tasks] or [name]
+        for label, one in zip(labels, model.importance, strict=True):
+            columns = [FeatureImportance(column.name, gain, shap) for column, gain, shap
+                       in zip(model.columns.columns, one.gain_F, one.shap_F, strict=True) if gain or shap]
+            found[label] = sorted(columns, key=lambda column: (-column.shap, column.feature))
+    return found

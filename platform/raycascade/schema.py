@@ -66,12 +66,17 @@ class VectorFeature(Frozen):
 
 
 class CrossFeature(Frozen):
-    """Hash of two or more id features (user, context or item); missing if any part is missing."""
+    """Hash of two or more id or ids features (user, context or item); missing if any part is missing.
+
+    A part `history.<name>` stands for the history's newest `max_events`: for their item field <name>, or for their
+    event feature <name>. With a part of several values the field has one value per combination.
+    """
 
     kind: Literal["cross"] = "cross"
     name: str
     parts: tuple[str, ...] = Option(min_length=2)
     buckets: int = Option(default=1 << 18, ge=1)
+    max_events: int = Option(default=10, ge=1)
 
 
 class HistoryFeature(Frozen):
@@ -169,6 +174,7 @@ Feature = Annotated[
     | CountFeature | MatchFeature,
     Option(discriminator="kind"),
 ]
+OF_HISTORY = "history."  # in front of a part of a cross
 RESERVED = {"request_id", "time_ms", "candidates", "reached", "rank", "relevance", "exclude", "history", "mask"}
 
 
@@ -232,8 +238,9 @@ class FeatureSchema(Frozen):
             raise ConfigError(f"schema: feature {feature.name!r} reads the history, which is not there; add a feature "
                               "of kind history")
         if isinstance(feature, CrossFeature):
+            own = {f.name for f in self.features if f.kind in ("id", "ids") and f.side != "event"}
             for part in feature.parts:
-                _known(part, {f.name for f in self.features if f.kind == "id" and f.side != "event"}, feature.name)
+                _known(part, own | {f"{OF_HISTORY}{name}" for name in self._on_events()}, feature.name)
         elif isinstance(feature, CountFeature) and feature.label != "exposure":
             _known(feature.label, set(self.labels), feature.name)
         elif isinstance(feature, MatchFeature):
@@ -241,8 +248,17 @@ class FeatureSchema(Frozen):
             if feature.action is not None:
                 _known(feature.action, ids & {f.name for f in self.side("event")}, feature.name)
         elif isinstance(feature, HistoryFeature):
+            carried = {f.name for f in self.side("item") if f.kind in ("id", "ids", "vector")}
             for field in feature.fields or ():
-                _known(field, ids & {f.name for f in self.side("item")}, feature.name)
+                _known(field, carried, feature.name)
+
+    def _on_events(self) -> set[str]:
+        """Id and ids features that an event of the history has: its item's that it carries, and its own."""
+        if self.history is None:
+            return set()
+        items = {f.name for f in self.side("item") if f.kind in ("id", "ids")}
+        carried = items if self.history.fields is None else items & set(self.history.fields)
+        return carried | {f.name for f in self.side("event") if f.kind == "id"}
 
     def side(self, *sides: str) -> Iterator["Feature"]:
         """The features of one or more sides, in declared order. A cross belongs to no side."""
@@ -279,6 +295,7 @@ class Field(Frozen):
     table: str = ""  # fields that name the same table share one embedding
     num_rows: int = 0  # rows of the table, padding and unknown included
     width: int = 1  # dense 1, vector its dimension, ids the most values
+    pool: Literal["mean", "sum"] = "mean"  # what becomes of the values of ids
 
 
 class FeatureSpace(Frozen):

@@ -22,6 +22,7 @@ from raycascade.errors import ConfigError
 from raycascade.metrics import ListMetrics
 from raycascade.shards import Shards
 from raycascade.training.checkpoint import Progress
+from raycascade.training.gbdt import fit_stages
 from raycascade.training.loop import Place, Run, Save, fit, train_epoch
 
 Group = tuple[str, int, int]  # file, row group, rows
@@ -36,6 +37,7 @@ def run_once(config: Config, shards: Shards, place: Place, *, groups: Sequence[G
     """
     _forget_peak()
     run = Run.build(config, shards, place)
+    fit_stages(config, shards, run.cascade)
     progress = fit(run, Progress(), _tell_nobody)
     measured = measure(run, groups)
     return {"metrics": _defined(measured), "requests": measured.num_requests, **_cost(progress, place)}
@@ -50,6 +52,9 @@ def run_stream(config: Config, shards: Shards, place: Place) -> dict[str, Any]:
     days = shards.days()
     _forget_peak()
     run = Run.build(streaming_config(config, num_days=len(days)), shards, place)
+    if run.cascade.fitted:
+        raise ConfigError(f"--streaming: {', '.join(run.cascade.fitted)}: trees are fitted at once and cannot learn "
+                          "day by day; compare without --streaming, or with other models")
     progress, curve = Progress(), []
     for position, (day, groups) in enumerate(days.items()):
         if position:

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"dataset": "datasets", "model": "models", "loss": "losses", "index": "indexes"}
 SECTIONS = {
     "Whole config": config.Config, "`paths`": config.Paths, "`splits`": config.Splits, "`stages`": config.Stage,
+    "`stages.fusion`": config.Fusion,
     "`lists`": config.Lists, "`train`": config.Train, "`train.negatives`": config.Negatives,
     "`evaluate`": config.Evaluate, "`compare`": config.Compare,
     **{f"`{word}: {{name: {name}}}`": plugins.find(folder, name).Config

@@ -9,6 +9,7 @@ import pytest
 
 from raycascade.report import (
     CalibrationBin,
+    FeatureImportance,
     Report,
     StageLosses,
     StageResult,
@@ -29,6 +30,7 @@ FULL = Report(
     losses=(StageLosses("retriever", 30, 1.0, 0.0371, 0.0222, {"ranker": 0.0211}, 0.456),
             StageLosses("ranker", 20, 0.9629, 0.1717)),
     calibration={"click": (CalibrationBin(0.0512, 0.0498, 9_001), CalibrationBin(0.6123, 0.5871, 17))},
+    importance={"pre_ranker": (FeatureImportance("price", 31.4159, 0.8642),)},
     curves={"retriever": [(step, 1 / (1 + step / 100)) for step in range(1000)], "ranker": [(0, 0.7), (10, math.nan)]},
     validation={"total": [(1, 1.2111), (2, 1.0822), (3, 1.0933)]},
     metrics={"joint_recall@10@20": 0.31274, "auc/click": 0.7431, "requests": 1_234, "tiny": 0.000012345},
@@ -38,8 +40,8 @@ FULL = Report(
 )
 EMPTY = Report(title="empty")
 ALONE = [replace(EMPTY, **{part: getattr(FULL, part)}) for part in (
-    "survival", "stages", "kept_to_the_end", "losses", "calibration", "curves", "validation", "metrics", "baselines",
-    "facts", "config_yaml", "headline")]
+    "survival", "stages", "kept_to_the_end", "losses", "calibration", "importance", "curves", "validation", "metrics",
+    "baselines", "facts", "config_yaml", "headline")]
 HOSTILE = "</pre><script>alert('x')</script>\"'&<img src=http://evil.example/x.png>"
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
@@ -80,6 +82,7 @@ class Page(HTMLParser):
     "0.6123", "0.4127", "0.3604", "+0.0523", "12,034", "2,310", "7,739",  # stages
     "3.71%", "2.22%", "2.11%", "45.6%", "96.3%", "17.2%",  # losses on lists
     "0.0512", "0.0498", "9,001", "0.5871", "17",  # calibration
+    "price", "0.8642", "31.4159",  # what trees read
     "1.0000", "0.0910", "0.7000", "1.2111", "1.0822", "1.0933",  # curves: first, last and lowest
     "0.3127", "0.7431", "1,234", "1.234e-05", "0.1312", "0.5009",  # metrics and baselines
     "9,876,543", "2.13.0", "train: {epochs: 3}",
@@ -97,7 +100,7 @@ def test_tags_are_balanced_with_and_without_each_part(content: Report) -> None:
 
 def test_a_page_without_optional_parts_has_no_sections() -> None:
     assert "section" not in Page(render_report(EMPTY)).tags
-    assert Page(render_report(FULL)).tags.count("section") == 8
+    assert Page(render_report(FULL)).tags.count("section") == 9
 
 
 def test_the_page_refers_to_nothing_outside_itself() -> None:
@@ -113,6 +116,7 @@ def test_the_page_refers_to_nothing_outside_itself() -> None:
     Report(title="x", metrics={HOSTILE: 1.0}, baselines={HOSTILE: {HOSTILE: 2.0}}, headline=(HOSTILE,)),
     Report(title="x", survival=(SurvivalPoint(HOSTILE, 3, 0.5, {HOSTILE: 0.1}),),
            stages=(StageResult(HOSTILE, 3, 0.5, 0.4, 1),)),
+    Report(title="x", importance={HOSTILE: (FeatureImportance(HOSTILE, 1.0, 2.0),)}),
     Report(title="x", losses=(StageLosses(HOSTILE, 3, 1.0, 0.4, 0.1, {HOSTILE: 0.1}, 0.2),)),
     Report(title="x", calibration={HOSTILE: (CalibrationBin(0.1, 0.2, 3),)}, curves={HOSTILE: [(1, 2.0)]},
            validation={HOSTILE: [(1, 2.0)]}),

@@ -15,10 +15,12 @@ from raycascade.bundle import remember_latest, save_bundle
 from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError, RaycascadeError
+from raycascade.flows._boosting import fit_on_ray
 from raycascade.progress import ProgressLine
 from raycascade.shards import Shards
 from raycascade.training import checkpoint
 from raycascade.training.checkpoint import Progress
+from raycascade.training.gbdt import load_fitted
 from raycascade.training.loop import Place, Run, Save, fit
 
 
@@ -41,7 +43,8 @@ def train(config: Config) -> dict[str, Any]:
     note = storage.join(_runs_folder(config), name, "begun.json")
     _check_same_run(name, note, _identity(config, shards))
     sys.stderr.write(f"train: run {name}; if it is interrupted, train.run={name} goes on with it\n")
-    progress = _fit_on_ray(config, shards, cascade)
+    fitted = fit_on_ray(config, shards, cascade, runs=_runs_folder(config))
+    progress = _fit_on_ray(config, cascade, fitted=fitted)
     save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
                 users=shards.table("users"), metrics={"train": _summary(progress), "curves": progress.curves})
     remember_latest(config.paths.bundles, target)
@@ -86,8 +89,8 @@ def _runs_folder(config: Config) -> str:
     return storage.join(config.paths.bundles, "_runs")
 
 
-def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
-    """Runs the loop on Ray Train; leaves the final weights in `cascade`."""
+def _fit_on_ray(config: Config, cascade: Cascade, *, fitted: str) -> Progress:
+    """Runs the loop on Ray Train; leaves the final weights in `cascade`. `fitted`: where the stages of trees are."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -96,7 +99,8 @@ def _fit_on_ray(config: Config, shards: Shards, cascade: Cascade) -> Progress:
     cores = max(1, (os.cpu_count() or 1) // config.train.workers)
     board: Any = ray.remote(num_cpus=0)(_Board).remote()
     trainer = TorchTrainer(
-        _worker, train_loop_config={"config": config.model_dump(mode="json"), "threads": cores, "board": board},
+        _worker, train_loop_config={"config": config.model_dump(mode="json"), "threads": cores, "board": board,
+                                    "fitted": fitted},
         scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
         run_config=RunConfig(name=config.train.run, storage_path=_runs_folder(config),
                              failure_config=FailureConfig(max_failures=2),
@@ -145,6 +149,7 @@ def _train_here(options: dict[str, Any], place: Place) -> None:
     torch.set_num_threads(options["threads"])
     config = Config.model_validate(options["config"])
     run = Run.build(config, Shards.open(config.paths.shards), place)
+    load_fitted(options["fitted"], run.cascade)
     progress = Progress()
     if held := ray.train.get_checkpoint():
         with held.as_directory() as folder:

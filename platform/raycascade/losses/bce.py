@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from raycascade.batch import Targets
 from raycascade.losses import LossOutput
 from raycascade.losses._objective import Objective, ScoredLists
 from raycascade.losses._reduce import candidate_mean, request_mean
@@ -15,16 +16,17 @@ class BinaryCrossEntropy(Objective):
 
     y is the membership in the best K, or the feedback label named by `label`, whose unobserved values (NaN) are left
     out of the mean. `entry_levels` e has one level per stage: which candidates a stage learns from; the default
-    (0, 1, .., T-1) is "from what entered it". Parts: `bce/<stage>`.
+    (0, 1, .., T-1) is "from what entered it". Parts: `bce/<stage>`. A stage with tasks gets `over_tasks` instead.
     """
 
     min_stages = 1
 
     class Config(PluginConfig):
-        """Options of bce."""
+        """Options of bce. `task_weights`: of the tasks of a stage, 1 where left out."""
 
         label: str | None = None
         entry_levels: tuple[int, ...] | None = None
+        task_weights: dict[str, float] = {}
 
     def __init__(self, config: Config, stage_names: tuple[str, ...]) -> None:
         super().__init__(config, stage_names)
@@ -47,3 +49,20 @@ class BinaryCrossEntropy(Objective):
             loss_QC = functional.softplus(scores_QC) - truth_QC * scores_QC
             parts[f"bce/{stage}"] = request_mean(candidate_mean(loss_QC, seen_QC), seen_QC.any(dim=1))
         return LossOutput(torch.stack(list(parts.values())).sum(), parts)
+
+    def over_tasks(self, logits_QCT: Tensor, tasks: tuple[str, ...], targets: Targets) -> LossOutput:
+        """sum_t w_t (sum of l_t over the candidates whose label t is observed) / max(1, their number), for the logits
+        of one stage (the loss of ple, Tang et al. 2020). Parts: `bce/<stage>/<task>`, without the weights."""
+        (stage,), (level, *_) = self.stage_names, self.entry_levels
+        seen_QC = targets.mask_QC & (targets.reached_QC >= level)
+        parts: dict[str, Tensor] = {}
+        with torch.autocast(logits_QCT.device.type, enabled=False):
+            for task, logits_QC in zip(tasks, logits_QCT.unbind(2), strict=True):
+                known_QC = seen_QC & ~targets.labels[task].isnan()
+                truth_QC = torch.where(known_QC, targets.labels[task], 0.0).to(logits_QC.dtype)
+                loss_QC = functional.softplus(logits_QC) - truth_QC * logits_QC
+                total = torch.where(known_QC, loss_QC, 0.0).sum()
+                parts[f"bce/{stage}/{task}"] = total / known_QC.sum().clamp(min=1)
+        weights = [self.config.task_weights.get(task, 1.0) for task in tasks]
+        weighted = [weight * part for weight, part in zip(weights, parts.values(), strict=True)]
+        return LossOutput(torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()})

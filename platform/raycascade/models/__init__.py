@@ -32,6 +32,18 @@ class StageModel(Protocol):
         ...
 
 
+class FittedModel(StageModel, Protocol):
+    """A model without gradients: fitted at once before the others train, and frozen while they do."""
+
+    def to_files(self) -> dict[str, bytes]:
+        """Everything fitted, as file contents by name; no pickle."""
+        ...
+
+    def from_files(self, files: Mapping[str, bytes]) -> None:
+        """The inverse of `to_files`; RuntimeError where the files do not fit the model."""
+        ...
+
+
 class TowerModel(StageModel, Protocol):
     """A model whose score is a product of a user and an item vector, so that items can be indexed."""
 

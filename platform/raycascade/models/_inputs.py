@@ -32,8 +32,9 @@ class InputOptions(PluginConfig):
 class FieldInputs(nn.Module):
     """Vectors of the fields of a space, and their usual groupings.
 
-    id: E[row]; ids: the mean of E over the values there are, else zero; vector: W x + b; dense: x itself (width 1) or
-    x v + c. Embeddings have width `dim` and start from N(0, embedding_std). ConfigError without a candidate field.
+    id: E[row]; ids: the mean (or sum, `Field.pool`) of E over the values there are, else zero; vector: W x + b; dense:
+    x itself (width 1) or x v + c. Embeddings have width `dim` and start from N(0, embedding_std). ConfigError without a
+    candidate field.
     """
 
     _anchor: Tensor
@@ -94,7 +95,9 @@ class FieldInputs(nn.Module):
             if field.form == "id":
                 found[field.name] = vectors.squeeze(-2)
             else:  # the padding row is zero, so the sum needs no mask
-                found[field.name] = vectors.sum(-2) / (slot != PADDING).sum(-1, keepdim=True).clamp(min=1)
+                total = vectors.sum(-2)
+                count = 1 if field.pool == "sum" else (slot != PADDING).sum(-1, keepdim=True).clamp(min=1)
+                found[field.name] = total / count
         return found
 
     def _dense(self, x: Tensor, field: Field) -> Tensor:

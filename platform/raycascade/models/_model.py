@@ -19,6 +19,12 @@ class TorchModel(nn.Module, ABC):
         """Modules that hold one weight per value or dense feature; most models have none."""
         return ()
 
+    @property
+    def training_needs(self) -> frozenset[str]:
+        """What a training batch must bring beyond the log: "history_negatives" (of `Batch`), "item_shares"
+        (`Targets.item_shares_QC`)."""
+        return frozenset()
+
     @abstractmethod
     def silence(self) -> None:
         """Zeroes the last linear map, so that every logit starts at its bias: a stage that adds to the score of the

@@ -9,12 +9,13 @@ from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
-from raycascade.errors import ConfigError
+from raycascade.errors import ConfigError, DataError
 from raycascade.models._history import GroupedHistory
+from raycascade.models._in_batch import hidden_among_positives, in_batch_softmax
 from raycascade.models._inputs import FieldInputs, InputOptions, embedding_table
 from raycascade.models._layers import MLP, ActivationName, NormName, masked_softmax
 from raycascade.models._model import TorchModel
-from raycascade.schema import FeatureSpace
+from raycascade.schema import FeatureSpace, near_miss
 
 LARGEST_LOG_SCALE = math.log(100.0)
 
@@ -32,7 +33,9 @@ class TwoTower(TorchModel):
         (None: 0.1 for cosine, 1 for dot). `user_history`: how the history enters the user's tower; recency: one mean
         per value of the event field `history_by`, weighted by learned factors of recency (`GroupedHistory`).
         `item_bias`: adds a learned scalar per item id to the score. `index_task`: the task whose order an index
-        reproduces."""
+        reproduces. `in_batch_weight`: of a softmax of each positive among those of the batch, corrected by how popular
+        they are (`in_batch_softmax`), beside the stage's loss; positives have the label `in_batch_label` (None: the
+        log's first). The paper's preset: hidden [300, 300], vector_dim 128, activation tanh."""
 
         hidden: tuple[int, ...] = (64,)
         item_hidden: tuple[int, ...] | None = None
@@ -46,11 +49,14 @@ class TwoTower(TorchModel):
         history_by: str | None = None
         item_bias: bool = False
         index_task: int = Option(default=0, ge=0)
+        in_batch_weight: float = Option(default=0.0, ge=0)
+        in_batch_label: str | None = None
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         _refuse_what_towers_cannot_use(config, space, num_tasks)
         self.config, self.num_tasks = config, num_tasks
+        self.in_batch_label = config.in_batch_label or (*space.labels, "")[0]
         self.inputs = FieldInputs(config, space, model="two_tower")
         self.pools = None
         if config.user_history == "recency":
@@ -82,6 +88,11 @@ class TwoTower(TorchModel):
         if self.config.similarity == "dot":
             self.user_tower.silence()
 
+    @property
+    def training_needs(self) -> frozenset[str]:
+        """How popular items are, for the correction of in-batch negatives."""
+        return frozenset({"item_shares"} if self.config.in_batch_weight else ())
+
     # ---- the two halves
     def encode_request(self, batch: Batch) -> Tensor:
         """users_QTD, without scale and bias."""
@@ -100,9 +111,30 @@ class TwoTower(TorchModel):
 
     def score_candidates(self, state: Tensor, batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
-        items_QCD = self._item_vectors(batch.item, batch.mask_QC.shape, batch.mask_QC)
+        return self._logits(state, self._item_vectors(batch.item, batch.mask_QC.shape, batch.mask_QC), batch)
+
+    def _logits(self, state: Tensor, items_QCD: Tensor, batch: Batch) -> Tensor:
         logits_QCT = self.scale * (items_QCD @ state.transpose(1, 2)) + self.bias
         return logits_QCT if self.item_bias is None else logits_QCT + self.item_bias(batch.item["item_id"])
+
+    def train_outputs(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Logits, and in_batch_weight times the loss among the batch's positives as `in_batch`; DataError where the
+        batch brings no labels or no `item_shares_QC`."""
+        state = self.encode_request(batch)
+        items_QCD = self._item_vectors(batch.item, batch.mask_QC.shape, batch.mask_QC)
+        logits_QCT = self._logits(state, items_QCD, batch)
+        if not self.config.in_batch_weight:
+            return logits_QCT, {}
+        targets, label, task = batch.targets, self.in_batch_label, self.config.index_task
+        if targets is None or label not in targets.labels or targets.item_shares_QC is None:
+            raise DataError(f"two_tower: in_batch_weight needs the label {label!r} and item_shares_QC, which the batch "
+                            "does not bring; train on logged lists or set in_batch_weight: 0")
+        q_P, c_P = (batch.mask_QC & (targets.labels[label] > 0.5)).nonzero(as_tuple=True)
+        rows_P, scores_PP = batch.candidates_QC[q_P, c_P], self.scale[task] * (state[q_P, task] @ items_QCD[q_P, c_P].T)
+        if self.item_bias is not None:
+            scores_PP = scores_PP + self.item_bias(batch.item["item_id"][q_P, c_P])[:, task]
+        loss = in_batch_softmax(scores_PP, targets.item_shares_QC[q_P, c_P], hidden_among_positives(rows_P, q_P))
+        return logits_QCT, {"in_batch": self.config.in_batch_weight * loss}
 
     def _events(self, batch: Batch) -> Tensor:
         return torch.cat([self.inputs.history_matrix(batch), self.inputs.event_matrix(batch)], -1)
@@ -160,6 +192,10 @@ def _refuse_what_towers_cannot_use(config: TwoTower.Config, space: FeatureSpace,
     for field in space.of("pair"):
         raise ConfigError(f"two_tower: {field.name!r} depends on the user and the item together, which no tower sees; "
                           "add it to the stage's `exclude`")
+    if config.in_batch_weight and (config.in_batch_label or (*space.labels, "")[0]) not in space.labels:
+        wrong = f"{config.in_batch_label!r} is not a label of the log" if config.in_batch_label else "the log has none"
+        raise ConfigError(f"two_tower: in_batch_weight needs a label of the positives, but {wrong}"
+                          f"{near_miss(config.in_batch_label or '', space.labels)}")
     if config.index_task >= num_tasks:
         raise ConfigError(f"two_tower: index_task is {config.index_task}, but there are {num_tasks} tasks, from 0 on")
     if config.user_history == "attention" and not (space.history_len and (space.history_fields or space.of("event"))):

@@ -18,9 +18,9 @@ from raycascade.ragged import Ragged
 from raycascade.shards import ShardReader, Shards
 from raycascade.training import checkpoint
 from raycascade.training.checkpoint import Best, Progress
-from raycascade.training.objective import Objective, finite
+from raycascade.training.objective import Objective, finite, refuse_labels_of_one_class
 from raycascade.training.optimisers import Optimisers
-from raycascade.training.sampling import Catalogue, with_negatives
+from raycascade.training.sampling import Catalogue, with_history_negatives, with_negatives
 
 CURVE_POINTS = 200  # points a curve keeps per epoch, at most
 Save = Callable[[str], None]
@@ -58,6 +58,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         cascade = Cascade(config, shards.state.space).to(place.device)
         objective = Objective(config, cascade).to(place.device)
+        refuse_labels_of_one_class(objective, shards.state.label_rates)
         return cls(config, shards, cascade, objective, Optimisers(cascade, objective, config.train),
                    Catalogue.of(shards.items), place)
 
@@ -135,12 +136,15 @@ def _prefetched(
     k, quotas, negatives = run.config.lists.k, run.cascade.quotas, run.config.train.negatives
 
     positive = run.shards.state.schema.positive if run.config.train.positives_only else ""
+    beside_events = "history_negatives" in run.cascade.training_needs
 
     def make(step: int, rows: pa.Table) -> tuple[Batch, np.random.Generator]:
         rng = np.random.default_rng([run.config.train.seed, epoch, step, rank])
         batch = collate(with_label(rows, positive) if positive else rows, run.shards.items, keep=quotas, k=k)
         if negatives.per_request and negatives.source != "retriever":
             batch = with_negatives(batch, run.catalogue, count=negatives.per_request, source=negatives.source, rng=rng)
+        if beside_events:
+            batch = with_history_negatives(batch, run.catalogue.items, rng=rng)
         return batch.to(run.place.device), rng
 
     with ThreadPoolExecutor(1) as pool:

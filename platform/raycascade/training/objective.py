@@ -1,5 +1,6 @@
 """From a batch to one number: the joint loss of the cascade, plus the own losses of the stages that name one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError
 from raycascade.losses import LossOutput
-from raycascade.training.sampling import Catalogue, shared_items, with_retrieved
+from raycascade.training.sampling import Catalogue, shared_items, with_item_shares, with_retrieved
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Term:
     loss: nn.Module
     names: tuple[str, ...]
     quotas: tuple[int, ...]
+    tasks: tuple[str, ...] = ()  # of a single stage: the labels its logits are for
 
 
 class Objective(nn.Module):
@@ -34,6 +36,7 @@ class Objective(nn.Module):
         quotas = dict(zip(cascade.names, cascade.quotas, strict=True))
         own = {stage.name: stage.loss for stage in config.stages if stage.loss}
         joint = tuple(name for name in cascade.names if name not in own)
+        joint = joint if set(joint) - set(cascade.fitted) else ()  # without gradients there is nothing to train
         specs = [((name,), spec, f"stage {name!r}: loss") for name, spec in own.items()]
         specs += [(joint, config.loss, "loss")] if joint else []
         self.negatives = config.train.negatives
@@ -45,14 +48,18 @@ class Objective(nn.Module):
             if _catalogue_of(loss) and (names != cascade.names[:1] or not hasattr(cascade.retriever, "score_items")):
                 raise ConfigError(f"{where}: over {loss.config.over!r} is for the first stage and a model with item "
                                   "vectors, such as two_tower; use over: list with train.negatives for other stages")
+            if _catalogue_of(loss) and "item_shares" in getattr(cascade.models[names[0]], "training_needs", ()):
+                raise ConfigError(f"{where}: over {loss.config.over!r} and the model's in_batch_weight both bring "
+                                  "negatives; set in_batch_weight: 0, or over: list")
             self.losses.append(loss)
-            self.terms.append(Term(loss, names, tuple(quotas[name] for name in names)))
+            tasks = cascade.stages[names[0]].tasks if len(names) == 1 else ()
+            self.terms.append(Term(loss, names, tuple(quotas[name] for name in names), tasks))
         if self.negatives.source == "retriever" and not self.negatives.per_request:
             raise ConfigError("train.negatives.source retriever: per_request is 0, so nothing would be drawn; set it")
         if self.negatives.source == "retriever" and not self._catalogue_loss(cascade):
             raise ConfigError("train.negatives.source retriever: the first stage must have a loss of its own over the "
                               "catalogue, such as {name: softmax, over: catalogue}")
-        _refuse_uneven_epochs(config, self.terms)
+        _refuse_uneven_epochs(config, self.terms, frozen=set(cascade.fitted))
 
     def _catalogue_loss(self, cascade: Cascade) -> nn.Module | None:
         return next((t.loss for t in self.terms if t.names == cascade.names[:1] and _catalogue_of(t.loss)), None)
@@ -69,6 +76,7 @@ class Objective(nn.Module):
         active = cascade.names if active is None else active
         terms, outputs = [term for term in self.terms if set(term.names) <= set(active)], []
         scores: dict[str, Tensor] = {}
+        logits: dict[str, Tensor] = {}
         auxiliary: dict[str, Tensor] = {}
         later, before_QC = batch, None
         loss, first_learns = self._catalogue_loss(cascade), cascade.names[0] in active
@@ -79,14 +87,18 @@ class Objective(nn.Module):
             terms = [term for term in terms if term.loss is not loss]
         needed = [name for name in cascade.names if any(name in term.names for term in terms)]
         last = cascade.names.index(needed[-1]) + 1 if needed else 0
+        later = with_item_shares(later, catalogue) if "item_shares" in cascade.training_needs else later
         for name in cascade.names[1 if before_QC is not None else 0:last]:
-            logits_QCT, extra = cascade.model(name).train_outputs(later)
-            before_QC = scores[name] = cascade.with_prior(name, logits_QCT[:, :, 0].float(), before_QC)
+            logits[name], extra = cascade.model(name).train_outputs(later)
+            before_QC = scores[name] = cascade.with_prior(name, cascade.fused(name, logits[name]), before_QC)
             auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items() if name in active}
         assert later.targets is not None
         for term in terms:
             targets = replace(later.targets, keep=term.quotas)
-            outputs.append(term.loss({name: scores[name] for name in term.names}, targets))
+            if term.tasks:
+                outputs.append(cast(Any, term.loss).over_tasks(logits[term.names[0]].float(), term.tasks, targets))
+            else:
+                outputs.append(term.loss({name: scores[name] for name in term.names}, targets))
         total = torch.stack([*(output.total for output in outputs), *auxiliary.values()]).sum()
         parts = {name: value.detach() for name, value in auxiliary.items()}
         for output in outputs:
@@ -117,11 +129,27 @@ class Objective(nn.Module):
         return output, later, before_QC
 
 
-def _refuse_uneven_epochs(config: Config, terms: list[Term]) -> None:
-    """A loss trains all of its stages or none, and in every epoch something must train."""
-    last = {stage.name: min(stage.epochs or config.train.epochs, config.train.epochs) for stage in config.stages}
+def refuse_labels_of_one_class(objective: Objective, rates: Mapping[str, float]) -> None:
+    """ConfigError for a label whose log holds only zeros or only ones, where a loss judges each candidate by it.
+
+    `rates`: positives per exposure of the training log, by label.
+    """
+    for term in objective.terms:
+        if not hasattr(term.loss, "over_tasks"):
+            continue
+        for label in term.tasks or (cast(Any, term.loss).config.label,):
+            if label in rates and not 0.0 < rates[label] < 1.0:
+                raise ConfigError(f"stages {list(term.names)}: the label {label!r} is {rates[label]:g} for every "
+                                  "candidate shown in the training log, so there is nothing to tell apart; choose "
+                                  "another label, or check the log")
+
+
+def _refuse_uneven_epochs(config: Config, terms: list[Term], *, frozen: set[str]) -> None:
+    """A loss trains all of its stages or none, and in every epoch something must train. Frozen stages never do."""
+    last = {stage.name: min(stage.epochs or config.train.epochs, config.train.epochs) for stage in config.stages
+            if stage.name not in frozen}
     for term in terms:
-        if len({last[name] for name in term.names}) > 1:
+        if len({last[name] for name in term.names if name in last}) > 1:
             raise ConfigError(f"stages {list(term.names)}: one loss trains them together, so they need the same "
                               "`epochs`; give them the same, or a `loss` of their own to a stage that ends earlier")
     if max(last.values()) < config.train.epochs:

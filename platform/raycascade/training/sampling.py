@@ -167,6 +167,23 @@ def extended(targets: Targets, mask_QM: Tensor, log_q: Tensor | None) -> Targets
     )
 
 
+def with_history_negatives(batch: Batch, items: ItemTable, *, rng: np.random.Generator) -> Batch:
+    """The batch with an item drawn uniformly from the rest of the catalogue beside each event of the histories."""
+    own_QL = batch.history_rows_QL.numpy() - FIRST_ROW
+    known_QL = own_QL >= 0
+    drawn_QL = rng.integers(0, np.maximum(1, items.num_items - known_QL))
+    drawn_QL += known_QL & (drawn_QL >= own_QL)  # steps over the event's own item
+    return batch.with_history_negatives(drawn_QL % items.num_items + FIRST_ROW, items)
+
+
+def with_item_shares(batch: Batch, catalogue: Catalogue) -> Batch:
+    """The batch with each candidate's share of the positives of the training log."""
+    assert batch.targets is not None
+    shares_QC = catalogue.probability(batch.candidates_QC.cpu().numpy(), "popularity")
+    shares = torch.from_numpy(shares_QC).float().to(batch.candidates_QC.device)
+    return replace(batch, targets=replace(batch.targets, item_shares_QC=shares))
+
+
 def with_negatives(batch: Batch, catalogue: Catalogue, *, count: int, source: str, rng: np.random.Generator) -> Batch:
     """The batch with `count` catalogue items behind each request's list; draws that are in the list are masked."""
     assert batch.targets is not None

@@ -1,0 +1,67 @@
+"""dcn: deep and cross network (Wang et al. 2017, arXiv 1708.05123), with its cross layers in compact form."""
+
+import torch
+from pydantic import Field as Option
+from torch import Tensor, nn
+
+from raycascade.batch import Batch
+from raycascade.models._deep import DeepOptions, DeepPart
+from raycascade.models._inputs import FieldInputs
+from raycascade.models._layers import SplitLinear
+from raycascade.models._model import TorchModel
+from raycascade.schema import FeatureSpace
+
+
+class Dcn(TorchModel):
+    """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l;  z = w^T [x_n; MLP(x_0)] + b.
+
+    Every x_l is a_l x_0 + B_l with a scalar a_l and a vector B_l that is the same for all candidates: a_0 = 1, B_0 = 0,
+    a_{l+1} = a_l (1 + x_0 . w_l) + B_l . w_l, B_{l+1} = B_l + b_l. So a candidate costs its products with the n + T
+    vectors w_l and w, and no row of x is ever built.
+    """
+
+    class Config(DeepOptions):
+        """The paper's size: 2 to 6 cross layers, hidden [1024, 1024]. `hidden: []` leaves the crosses alone."""
+
+        num_layers: int = Option(default=2, ge=1)
+
+    def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
+        super().__init__()
+        self.inputs = FieldInputs(config, space, model="dcn")
+        widths = self.inputs.request_width(history=True), self.inputs.candidate_width
+        self.num_layers = config.num_layers
+        self.products = SplitLinear(*widths, config.num_layers + num_tasks, bias=False)  # rows w_0 .. w_{n-1}, then w
+        self.offsets = nn.Parameter(torch.zeros(config.num_layers, sum(widths)))  # b_l
+        self.deep = DeepPart(config, *widths, num_tasks)
+        self.bias = nn.Parameter(torch.zeros(num_tasks))
+
+    def silence(self) -> None:
+        """Zeroes w: logits start at the bias, 0."""
+        with torch.no_grad():
+            for side in (self.products.request, self.products.candidate):
+                if side is not None:
+                    side.weight[self.num_layers:] = 0.0
+        self.deep.silence()
+
+    def encode_request(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The request's share of the products [Q, n + T] and of the MLP's first layer [Q, H]."""
+        x_QD = self.inputs.request_matrix(batch, history=True)
+        return self.products.of_request(x_QD), self.deep.of_request(x_QD)
+
+    def score_candidates(self, state: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """Logits [Q, C, T]."""
+        products_QP, request_QH = state
+        x_QCD = self.inputs.candidate_matrix(batch)
+        return self._crossed(self.products(products_QP, x_QCD)) + self.deep(request_QH, x_QCD, batch.mask_QC)
+
+    def _crossed(self, products_QCP: Tensor) -> Tensor:
+        """w^T x_n + b [Q, C, T] from the products of x_0 with w_0 .. w_{n-1} and w."""
+        inner_QCL, outer_QCT = products_QCP[..., :self.num_layers], products_QCP[..., self.num_layers:]
+        sides = [side.weight for side in (self.products.request, self.products.candidate) if side is not None]
+        weights_PD = torch.cat(sides, 1)
+        shifts_LD = self.offsets.cumsum(0)  # B_1 .. B_n
+        scale_QC = 1.0 + inner_QCL[..., 0]
+        for layer in range(1, self.num_layers):
+            shift = shifts_LD[layer - 1] @ weights_PD[layer]
+            scale_QC = scale_QC * (1.0 + inner_QCL[..., layer]) + shift
+        return scale_QC.unsqueeze(-1) * outer_QCT + (weights_PD[self.num_layers:] @ shifts_LD[-1] + self.bias)
