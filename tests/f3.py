@@ -74,7 +74,7 @@ def build(name: str, space: FeatureSpace = SPACE, *, num_tasks: int = 1, **optio
         if isinstance(module, FieldInputs):
             rows = {"u": [U_ROW], "i": I_ROWS, "c": C_ROWS}
             for table, vectors in rows.items():
-                assign(module.tables[f"of:{table}"].weight[2:2 + len(vectors)], vectors)  # type: ignore[index]
+                assign(module.tables.of(table)[1:1 + len(vectors)], vectors)  # type: ignore[union-attr]
         if isinstance(module, FirstOrder):
             assign(module.bias, [W_0])
             for table, weights in WEIGHTS.items():
@@ -84,8 +84,7 @@ def build(name: str, space: FeatureSpace = SPACE, *, num_tasks: int = 1, **optio
 
 def assign_first_order(module: FirstOrder, table: str, weights: tuple[float, ...]) -> None:
     """Overwrites the first-order weights of a vocabulary from row 2 on."""
-    start = module.first_rows[table] + 2
-    assign(module.values.weight[start:start + len(weights)], [[w] for w in weights])
+    assign(module.values.of(table)[1:1 + len(weights)], [[w] for w in weights])
 
 
 def batch(events: tuple[int, ...] = (), mask: tuple[bool, ...] = ()) -> Batch:

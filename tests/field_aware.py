@@ -20,7 +20,7 @@ def with_field_aware_vectors(name: str, *, step: float = 0.1, **options: Any) ->
     for table, rows in (("u", [f3.U_ROW]), ("i", f3.I_ROWS[:2]), ("c", f3.C_ROWS)):
         vectors = torch.tensor(rows, dtype=torch.float64)
         aware = torch.cat([vectors + step * (partner + 1) for partner in partners[table]], -1)
-        f3.assign(model.pairs.inputs.tables[f"of:{table}"].weight[2:2 + len(rows)], aware)
+        f3.assign(model.pairs.inputs.tables.of(table)[1:1 + len(rows)], aware)
     linear = model.linear
     assert isinstance(linear, FirstOrder)
     f3.assign(linear.bias, [f3.W_0])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from raycascade import plugins
 from raycascade.batch import Batch
 from raycascade.errors import ConfigError
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FIRST_ROW, UNKNOWN, FeatureSpace, Field
 
 HISTORY_LEN = 6
@@ -37,6 +38,7 @@ SPACE = FeatureSpace(
 HISTORY_FIELDS = tuple(SPACE[name] for name in SPACE.history_fields) + SPACE.of("event")
 TORCH_MODELS = tuple(n for n in plugins.names("models") if issubclass(plugins.find("models", n), nn.Module))
 FITTED_MODELS = tuple(n for n in plugins.names("models") if n not in TORCH_MODELS)  # without parameters, frozen
+REPRESENTING = tuple(n for n in TORCH_MODELS if issubclass(plugins.find("models", n), RepresentingModel))
 
 # Options beside the defaults under which a model must keep its promises too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -54,17 +56,20 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"structure": "stacked", "hidden": [], "num_layers": 1, "dense": "field"},
     ],
     "edcn": [
-        {"bridge": "concat", "num_layers": 3, "gate_scale": "fields", "dim": 4},
+        {"bridge": "concat", "num_layers": 3, "dim": 4},
         {"bridge": "attention", "temperature": 0.5, "dim": 4},
-        {"bridge": "add", "num_layers": 1, "dim": 4},
+        {"bridge": "add", "num_layers": 1, "gate_scale": "none", "dim": 4},
     ],
     "bst": [{"blocks": 2, "heads": 3, "pool": "mean", "position": "events"},
             {"mask": "full", "blocks": 2}],
     "dien": [{"attention": "mlp", "attention_hidden": [6], "auxiliary": "mlp", "pooled": True, "activation": "prelu"},
              {"alpha": 0.0, "dense": "field"}],
-    "shared_bottom": [{"hidden": [16, 8], "activation": "dice", "tower_hidden": []}],
-    "mmoe": [{"hidden": [16, 8], "activation": "prelu", "experts": 2, "tower_hidden": []}],
-    "ple": [{"levels": 2, "hidden": [16, 8], "activation": "dice", "own_experts": 1, "shared_experts": 2}],
+    "shared_bottom": [{"hidden": [16, 8], "activation": "dice", "tower_hidden": []},
+                      *({"tower": {"name": name, "dim": 4}} for name in REPRESENTING)],
+    "mmoe": [{"hidden": [16, 8], "activation": "prelu", "experts": 2, "tower_hidden": []},
+             {"tower": {"name": "dcn_v2", "structure": "stacked", "hidden": [], "rank": 3, "dim": 4}}],
+    "ple": [{"levels": 2, "hidden": [16, 8], "activation": "dice", "own_experts": 1, "shared_experts": 2},
+            {"levels": 2, "tower": {"name": "autoint", "hidden": [8], "dim": 4}}],
     "autoint": [{"hidden": [8], "num_layers": 1, "heads": 3, "norm": "batch"}],
     "dlrm": [{"bottom_hidden": [], "hidden": [], "activation": "dice"}, {"norm": "batch", "dim": 3}],
     "afm": [{"l2_attention": 0.1, "attention_dim": 3}],

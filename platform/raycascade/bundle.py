@@ -3,7 +3,7 @@
     <bundles>/<id>/manifest.json   config.yaml   features/   items/   users/   stages/<name>/weights.safetensors
                    index/   metrics.json   report.html
 
-A stage of trees has model.ubj and columns.json in place of its weights.
+A stage of trees has model.ubj and columns.json in place of its weights; where no stage searches there is no index.
 Only the bundle crosses from training to scoring and serving. This file owns its format.
 """
 
@@ -39,14 +39,14 @@ SERVED_COLUMNS = ("request_id", "user_key", "time_ms")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle. `cascade` is in evaluation mode."""
+    """A loaded bundle. `cascade` is in evaluation mode; there is no index where its first stage cannot search."""
 
     uri: str
     manifest: Mapping[str, Any]
     config: Config
     items: ItemTable
     cascade: Cascade
-    index: ItemIndex
+    index: ItemIndex | None
 
     @property
     def state(self) -> FeatureState:
@@ -60,8 +60,9 @@ class Bundle:
         return Users(pq.read_table(path, filesystem=filesystem))
 
     def batch(self, requests: pa.Table) -> Batch:
-        """Encoded requests -> a batch without candidates, ready for `recommend`."""
-        about_candidates = {"candidates", "reached", "rank", "relevance", *self.state.schema.labels}
+        """Encoded requests -> a batch ready for `recommend`: without candidates where the first stage searches."""
+        about_candidates = {"reached", "rank", "relevance", *self.state.schema.labels}
+        about_candidates |= {"candidates"} if self.cascade.searches else set()
         kept = [name for name in requests.column_names if name not in about_candidates]
         return collate(requests.select(kept), self.items)
 
@@ -184,7 +185,8 @@ def save_bundle(
     for name in cascade.names:
         for file, content in _stage_files(cascade, name).items():
             storage.write_bytes(storage.join(uri, "stages", name, file), content)
-    build_index(config, cascade.eval(), items).save(storage.join(uri, "index"))
+    if cascade.eval().searches:
+        build_index(config, cascade, items).save(storage.join(uri, "index"))
     storage.write_json(storage.join(uri, "metrics.json"), metrics)
     write_manifest(uri, fingerprint=items.state.schema.fingerprint())
     return uri
@@ -282,9 +284,11 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
     cascade = Cascade(config, state.space)
     for name in cascade.names:
         _load_stage(uri, cascade, name, manifest["files"])
-    plugin, options = plugins.options("indexes", config.index, "index")
-    index = plugin(options)
-    index.load(storage.join(uri, "index"))
+    index = None
+    if cascade.searches:
+        plugin, options = plugins.options("indexes", config.index, "index")
+        index = plugin(options)
+        index.load(storage.join(uri, "index"))
     return Bundle(uri, manifest, config, items, cascade.to(device).eval(), index)
 
 

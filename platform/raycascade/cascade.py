@@ -110,13 +110,21 @@ class Cascade(nn.Module):
         return frozenset().union(*(getattr(model, "training_needs", ()) for model in self.models.values()))
 
     @property
-    def retriever(self) -> TowerModel:
-        """The first stage, which must embed users and items to search the catalogue."""
-        first = self.models[self.names[0]]
-        if not hasattr(first, "embed_items"):
+    def searches(self) -> bool:
+        """Whether the first stage has item vectors and so searches the catalogue; else requests bring candidates."""
+        return hasattr(self.models[self.names[0]], "embed_items")
+
+    def require_search(self) -> None:
+        """ConfigError where the first stage does not search."""
+        if not self.searches:
             raise ConfigError(f"stage {self.names[0]!r} cannot search a catalogue: only a model with item vectors, "
                               "such as two_tower, can; put one first")
-        return cast(TowerModel, first)
+
+    @property
+    def retriever(self) -> TowerModel:
+        """The first stage, which must embed users and items to search the catalogue."""
+        self.require_search()
+        return cast(TowerModel, self.models[self.names[0]])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scores [Q, C] of every stage for every candidate."""
@@ -169,17 +177,28 @@ class Cascade(nn.Module):
         return Ranking(tuple(outcomes))
 
     @torch.no_grad()
-    def recommend(self, batch: Batch, index: ItemIndex, items: ItemTable) -> Ranking:
-        """From the whole catalogue: retrieve, leave out what each request excludes, then stage by stage."""
-        outcomes = [self.retrieve(batch, index)]
+    def recommend(self, batch: Batch, index: ItemIndex | None, items: ItemTable) -> Ranking:
+        """From the whole catalogue: retrieve, leave out what each request excludes, then stage by stage.
+
+        Where the first stage does not search, it chooses among the candidates of the batch.
+        """
+        outcomes = [self.retrieve(batch, index) if self.searches else self.choose(batch)]
         for name, keep in zip(self.names[1:], self.keeps[1:], strict=True):
             outcomes.append(self.narrow(name, keep, batch, outcomes[-1], items))
         return Ranking(tuple(outcomes))
 
     @torch.no_grad()
-    def retrieve(self, batch: Batch, index: ItemIndex) -> StageOutcome:
+    def choose(self, batch: Batch) -> StageOutcome:
+        """The first stage over the batch's own candidates, without what each request excludes."""
+        allowed_QC = batch.mask_QC & ~excluded_mask(batch)
+        scores_QC = torch.where(allowed_QC, self.score(self.names[0], batch), -torch.inf)
+        return _outcome(self.names[0], self.keeps[0], batch.candidates_QC, scores_QC, allowed_QC)[0]
+
+    @torch.no_grad()
+    def retrieve(self, batch: Batch, index: ItemIndex | None) -> StageOutcome:
         """The first stage over the whole catalogue, without what each request excludes."""
         users_QD = self.retriever.embed_users(batch).float().numpy()
+        assert index is not None, "a bundle whose first stage searches has an index"
         most_excluded = max((len(rows) for rows in batch.exclude), default=0)
         found = without_excluded(index.search(users_QD, self.keeps[0] + most_excluded), batch.exclude, self.keeps[0])
         logits_QK = self.retriever.to_logits(torch.from_numpy(found.scores_QK)).float().numpy()
@@ -212,8 +231,8 @@ def _refuse_of_fitted(stage: Stage, *, first: bool) -> None:
     if stage.prior:
         raise ConfigError(f"{kind} is fitted before the other stages train, so there is no score yet to add to; "
                           "leave prior out")
-    for option in ("loss", "epochs", "lr"):
-        if getattr(stage, option) is not None:
+    for option in ("loss", "epochs", "lr", "l2_touched", "l2_embedding"):
+        if getattr(stage, option):
             raise ConfigError(f"{option}: {kind} is fitted by its own objective in its own rounds; leave it out, and "
                               "set the options of the model")
 
@@ -235,6 +254,14 @@ def _outcome(name: str, keep: int, rows_QC: Tensor, scores_QC: Tensor, mask_QC: 
     sorted_QC, best_QC = scores_QC.sort(dim=1, descending=True, stable=True)
     best_rows_QC, best_mask_QC = rows_QC.gather(1, best_QC), mask_QC.gather(1, best_QC)
     return StageOutcome(name, keep, best_rows_QC.numpy(), sorted_QC.numpy(), best_mask_QC.numpy()), best_QC
+
+
+def excluded_mask(batch: Batch) -> Tensor:
+    """[Q, C] true where a candidate is one that the request excludes."""
+    mask = torch.zeros_like(batch.mask_QC)
+    for q, rows in enumerate(batch.exclude):
+        mask[q] = torch.from_numpy(np.isin(batch.candidates_QC[q].numpy(), rows))
+    return mask
 
 
 def without_excluded(found: Candidates, exclude: tuple[np.ndarray, ...], keep: int) -> Candidates:

@@ -14,6 +14,7 @@ from raycascade import plugins, storage
 from raycascade.errors import ConfigError
 from raycascade.schema import Frozen, near_miss
 
+PER_TASK = ("task_weights", "task_gammas")  # options of a loss that name tasks of its stage
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -104,7 +105,8 @@ class Stage(Frozen):
     `loss` trains the stage alone instead of with the others; `prior` adds the score of the stage before, times a
     learned factor, to the model's: the stage then learns what the stage before does not know. `epochs`: trains
     in the first so many epochs only (with a prior, 1: later on the stage before has seen the rows, and its scores
-    flatter it); `lr`: in place of train.lr, the rate of its embeddings in proportion."""
+    flatter it); `lr`: in place of train.lr, the rate of its embeddings in proportion. `l2_touched`: penalty of the
+    rows of tables that a batch touches (None: the model's own, 0 for most); `l2_embedding`: of whole tables."""
 
     name: str = Option(pattern=r"^[a-z][a-z0-9_]*$")
     keep: int = Option(ge=1)
@@ -116,6 +118,8 @@ class Stage(Frozen):
     prior: bool = False
     epochs: int | None = Option(default=None, ge=1)
     lr: float | None = Option(default=None, gt=0)
+    l2_touched: float | None = Option(default=None, ge=0)
+    l2_embedding: float = Option(default=0.0, ge=0)
 
     @property
     def num_tasks(self) -> int:
@@ -137,6 +141,9 @@ class Stage(Frozen):
         if tasks and self.prior:
             raise ConfigError(f"{where}: prior adds to one logit and cannot go with tasks; leave prior out, or give "
                               "the stage one label by loss: {name: bce, label: ...}")
+        if self.l2_touched and self.l2_embedding:
+            raise ConfigError(f"{where}: l2_touched {self.l2_touched:g} and l2_embedding {self.l2_embedding:g} "
+                              "penalise the same tables; set one of them to 0")
         if tasks and not self._fits_itself():
             _refuse_other_losses(self)
         return self
@@ -156,10 +163,11 @@ def _refuse_other_losses(stage: Stage) -> None:
                           f"{stage.loss['name'] if stage.loss else 'none'}; set loss: {{name: bce}}")
     if getattr(options, "label", None):
         raise ConfigError(f"{where}: loss.label and tasks both name labels; leave label out")
-    for task in getattr(options, "task_weights", {}):
-        if task not in stage.tasks:
-            raise ConfigError(f"{where}: loss.task_weights: {task!r} is not a task of the stage"
-                              f"{near_miss(task, stage.tasks)}")
+    for option in PER_TASK:
+        for task in getattr(options, option, {}):
+            if task not in stage.tasks:
+                raise ConfigError(f"{where}: loss.{option}: {task!r} is not a task of the stage"
+                                  f"{near_miss(task, stage.tasks)}")
 
 
 class Lists(Frozen):
@@ -263,8 +271,9 @@ class Config(Frozen):
             plugins.options("models", stage.model, f"stages.{position}.model")
             if stage.loss:
                 plugins.options("losses", stage.loss, f"stages.{position}.loss")
-            if not stage.tasks and stage.loss and stage.loss.get("task_weights"):
-                raise ConfigError(f"stages.{position} ({stage.name}): loss.task_weights without tasks; list the tasks")
+            for option in PER_TASK:
+                if not stage.tasks and stage.loss and stage.loss.get(option):
+                    raise ConfigError(f"stages.{position} ({stage.name}): loss.{option} without tasks; list the tasks")
         if self.stages[0].prior:
             raise ConfigError(f"stages.0 ({self.stages[0].name}): prior needs a stage before it; remove it")
         for folder, spec in (("datasets", self.dataset), ("losses", self.loss), ("indexes", self.index)):

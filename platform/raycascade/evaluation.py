@@ -1,9 +1,11 @@
-"""Measuring a bundle on a split: logged lists, the whole catalogue, and popularity and random beside both.
+"""Measuring a bundle on a split: logged lists and labels, the whole catalogue, and popularity and random beside them.
 
-Accumulators are mergeable: any number of workers, any batch size, the same figures.
+A list may hold one candidate, as every row of a CTR table does. Accumulators are mergeable: any number of workers, any
+batch size, the same figures.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,13 +15,16 @@ from torch import Tensor
 
 from raycascade.batch import Batch, collate
 from raycascade.bundle import Bundle
-from raycascade.cascade import Ranking, without_excluded
+from raycascade.cascade import Ranking, excluded_mask, without_excluded
+from raycascade.config import Stage
 from raycascade.indexes import Candidates
 from raycascade.items import ItemTable
-from raycascade.metrics import BinaryMetrics, ListMetrics
+from raycascade.keys import to_keys
+from raycascade.metrics import BINARY_METRICS, BinaryMetrics, ListMetrics
 from raycascade.schema import FIRST_ROW
 
 BASELINES = ("popularity", "random")
+ORDER_METRICS = ("auc", "gauc")
 
 
 @dataclass
@@ -51,15 +56,19 @@ class CatalogueRecall:
 
 
 class Measured:
-    """Everything that was measured of one bundle on one split; mergeable over workers."""
+    """Everything that was measured of one bundle on one split; mergeable over workers.
+
+    `stages`: of every stage's score for the schema's positive label; `tasks`: of every task's logit for its own.
+    """
 
     def __init__(
         self, names: tuple[str, ...], quotas: tuple[int, ...], k: int, *, tasks: tuple[str, ...] = (),
-        fused: bool = False,
+        unscaled: tuple[str, ...] = (),
     ) -> None:
-        """`tasks`: "<stage>/<task>" of every stage with tasks; `fused`: the last stage's score is no logit."""
+        """`tasks`: "<stage>/<task>" of every stage with tasks; `unscaled`: the stages whose scores are no logits, but
+        an order without probabilities."""
         self.lists = ListMetrics(names, quotas, k)
-        self.ranker, self.fused = BinaryMetrics(), fused
+        self.stages, self.unscaled = {name: BinaryMetrics() for name in names}, unscaled
         self.tasks = {name: BinaryMetrics() for name in tasks}
         self.catalogue = CatalogueRecall()
         self.baseline_lists = {name: ListMetrics(names, quotas, k) for name in BASELINES}
@@ -68,7 +77,8 @@ class Measured:
     def merge(self, other: "Measured") -> None:
         """Adds what another worker measured."""
         self.lists.merge(other.lists)
-        self.ranker.merge(other.ranker)
+        for name, stage in self.stages.items():
+            stage.merge(other.stages[name])
         for name, task in self.tasks.items():
             task.merge(other.tasks[name])
         self.catalogue.merge(other.catalogue)
@@ -78,13 +88,20 @@ class Measured:
 
     def metrics(self) -> dict[str, float]:
         """All figures of the cascade by name; what is not defined on this split is left out."""
-        ranker = self.ranker.result()
-        if self.fused:  # an order without probabilities
-            ranker = {name: ranker[name] for name in ("auc", "gauc")}
-        tasks = {f"{metric}/{name}": value for name, task in self.tasks.items()
-                 for metric, value in task.result().items()}
-        found = {**self.catalogue.result(), **self.lists.result(), **ranker, **tasks}
+        labels = {f"{metric}/{name}": value for name, measures in self.predictions().items()
+                  for metric, value in measures.items()}
+        last = {metric: labels[f"{metric}/{self.lists.stage_names[-1]}"] for metric in BINARY_METRICS
+                if f"{metric}/{self.lists.stage_names[-1]}" in labels}
+        found = {**self.catalogue.result(), **self.lists.result(), **last, **labels}
         return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def predictions(self) -> dict[str, dict[str, float]]:
+        """BINARY_METRICS by "<stage>" and "<stage>/<task>"; of a score that is no logit those of its order only."""
+        found = {}
+        for name, measures in {**self.stages, **self.tasks}.items():
+            kept = ORDER_METRICS if name in self.unscaled else BINARY_METRICS
+            found[name] = {metric: value for metric, value in measures.result().items() if metric in kept}
+        return found
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """The same names for recency popularity and for random (its expected value on the catalogue)."""
@@ -100,7 +117,7 @@ class Evaluator:
         stages = bundle.config.stages
         self.measured = Measured(bundle.cascade.names, bundle.cascade.quotas, bundle.config.lists.k,
                                  tasks=tuple(f"{stage.name}/{task}" for stage in stages for task in stage.tasks),
-                                 fused=stages[-1].fusion is not None or not _is_logit(bundle))
+                                 unscaled=tuple(s.name for s in stages if not _is_logit(bundle, s)))
         self.popularity = Popularity(bundle.items, bundle.config.evaluate.popularity_hours)
 
     @torch.no_grad()
@@ -108,11 +125,11 @@ class Evaluator:
         """Adds encoded requests of a split."""
         bundle = self.bundle
         batch = collate(requests, bundle.items, keep=bundle.cascade.quotas, k=bundle.config.lists.k)
-        self._on_lists(batch)
-        if bundle.state.schema.positive:
+        self._on_lists(batch, to_keys(requests["user_key"]))
+        if bundle.state.schema.positive and bundle.cascade.searches:
             self._on_catalogue(batch, requests)
 
-    def _on_lists(self, batch: Batch) -> None:
+    def _on_lists(self, batch: Batch, users_Q: np.ndarray) -> None:
         assert batch.targets is not None
         logits = self.bundle.cascade.logits(batch)
         scores = self.bundle.cascade.scores_from(logits)
@@ -122,14 +139,20 @@ class Evaluator:
         for name in BASELINES:
             same = dict.fromkeys(scores, flat[name])
             self.measured.baseline_lists[name].update(same, batch.targets, batch.request_ids, batch.candidates_QC)
+        self._on_labels(batch, users_Q, logits, scores)
+
+    def _on_labels(
+        self, batch: Batch, users_Q: np.ndarray, logits: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+    ) -> None:
+        assert batch.targets is not None
+        labels, mask_QC = batch.targets.labels, batch.mask_QC
+        known = {name: torch.where(mask_QC, label_QC, torch.nan) for name, label_QC in labels.items()}
         positive = self.bundle.state.schema.positive
-        if positive in batch.targets.labels:
-            label_QC = torch.where(batch.mask_QC, batch.targets.labels[positive], torch.nan)
-            self.measured.ranker.update(scores[self.bundle.cascade.names[-1]], label_QC, batch.request_ids)
         for stage in self.bundle.config.stages:
+            if positive in known:
+                self.measured.stages[stage.name].update(scores[stage.name], known[positive], users_Q)
             for task, logits_QC in zip(stage.tasks, logits[stage.name].unbind(2), strict=False):
-                label_QC = torch.where(batch.mask_QC, batch.targets.labels[task], torch.nan)
-                self.measured.tasks[f"{stage.name}/{task}"].update(logits_QC, label_QC, batch.request_ids)
+                self.measured.tasks[f"{stage.name}/{task}"].update(logits_QC, known[task], users_Q)
 
     def _on_catalogue(self, batch: Batch, requests: pa.Table) -> None:
         assert batch.targets is not None
@@ -163,9 +186,9 @@ class Evaluator:
             measured.baseline_catalogue["random"].add(f"recall@{width}", expected)
 
 
-def _is_logit(bundle: Bundle) -> bool:
-    """Whether the last stage scores by the logit of a probability; trees fitted to an order do not."""
-    return getattr(bundle.cascade.model(bundle.cascade.names[-1]), "calibrated", True)
+def _is_logit(bundle: Bundle, stage: Stage) -> bool:
+    """Whether a stage scores by the logit of a probability; a fusion and trees fitted to an order do not."""
+    return stage.fusion is None and getattr(bundle.cascade.model(stage.name), "calibrated", True)
 
 
 class Popularity:
@@ -184,14 +207,6 @@ class Popularity:
         head = self.order_N[:width + most]
         rows_QK = np.broadcast_to(head, (len(exclude), len(head)))
         return without_excluded(Candidates(rows_QK, self.scores_N[rows_QK]), exclude, width).rows_QK
-
-
-def excluded_mask(batch: Batch) -> Tensor:
-    """[Q, C] true where a logged candidate is one that the request excludes."""
-    mask = torch.zeros_like(batch.mask_QC)
-    for q, rows in enumerate(batch.exclude):
-        mask[q] = torch.from_numpy(np.isin(batch.candidates_QC[q].numpy(), rows))
-    return mask
 
 
 def count_hits(rows_QK: np.ndarray, truth: list[np.ndarray]) -> float:

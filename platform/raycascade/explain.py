@@ -23,7 +23,9 @@ def explain(uri: str, *, user: str, item: str) -> dict[str, Any]:
 
 
 def explain_item(bundle: Bundle, *, user: str, item: str) -> dict[str, Any]:
-    """The same for a loaded bundle; DataError for a user or an item that it does not know."""
+    """The same for a loaded bundle; DataError for a user or an item that it does not know, ConfigError where no stage
+    searches the catalogue."""
+    bundle.cascade.require_search()
     row = _item_row(bundle, item)
     ids = pa.array([user])
     if bundle.users.rows(ids)[0] < 0:

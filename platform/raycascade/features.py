@@ -110,7 +110,8 @@ class FeatureState:
     """All that was learned from the training log about the features; everything else is derived from it.
 
     `item_ids` maps raw item ids to item rows; `as_of_ms` is the end of the training log, the moment that item
-    vectors and the catalogue's counts refer to when nothing else is said.
+    vectors and the catalogue's counts refer to when nothing else is said. By label, `label_rates` holds positives per
+    exposure, `label_counts` the candidates whose label is observed and those of them that are positive.
     """
 
     schema: FeatureSchema
@@ -120,6 +121,7 @@ class FeatureState:
     item_ids: Vocabulary
     as_of_ms: int
     label_rates: Mapping[str, float] = field(default_factory=dict)
+    label_counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
     def space(self) -> FeatureSpace:
@@ -286,6 +288,7 @@ class FeatureState:
         storage.write_json(storage.join(uri, "state.json"), {
             "as_of_ms": self.as_of_ms,
             "label_rates": dict(self.label_rates),
+            "label_counts": {name: list(counts) for name, counts in self.label_counts.items()},
             "dense": {name: stats.model_dump() for name, stats in self.dense.items()},
             "vocabularies": {name: vocabulary.buckets for name, vocabulary in self.vocabularies.items()},
         })
@@ -315,6 +318,7 @@ class FeatureState:
             item_ids=vocabulary("item_ids.arrow", None),
             as_of_ms=state["as_of_ms"],
             label_rates=state["label_rates"],
+            label_counts={n: (observed, ones) for n, (observed, ones) in state.get("label_counts", {}).items()},
         )
 
 

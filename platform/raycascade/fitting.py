@@ -5,7 +5,7 @@ depend on the order, so that any number of workers gives the same state.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,15 @@ from raycascade.errors import DataError
 from raycascade.features import DenseStats, FeatureState, dense_column, signed_log
 from raycascade.keys import Vocabulary, fold, to_keys
 from raycascade.ragged import Ragged, id_lists, parallel_lists
-from raycascade.schema import AgeFeature, ClockFeature, DenseFeature, FeatureSchema, IdFeature, IdsFeature
+from raycascade.schema import (
+    AgeFeature,
+    ClockFeature,
+    DenseFeature,
+    FeatureSchema,
+    FeatureSpace,
+    IdFeature,
+    IdsFeature,
+)
 
 SAMPLE_SIZE = 10_000  # values kept per quantile feature
 NUM_EDGES = 257
@@ -33,6 +41,7 @@ class FitPart:
     moments: dict[str, list[int]] = field(default_factory=dict)  # count, exact_sum of values and squares, missing
     samples: dict[str, np.ndarray] = field(default_factory=dict)  # [hash, value] rows, smallest hashes
     events: pa.Table | None = None  # item_id, bucket, one count per counter name
+    labels: dict[str, list[int]] = field(default_factory=dict)  # candidates with the label observed, with it positive
 
     @property
     def counter_names(self) -> tuple[str, ...]:
@@ -50,6 +59,7 @@ class FitPart:
         for name in ("exposed", *self.schema.labels):
             if name in table.column_names:
                 columns[name] = parallel_lists(table, name, candidates, "candidates", where=where).values
+        self._add_labels(pa.table(columns))
         self._add_exposures(pa.table(columns), where=where)
         if "history" in table.column_names:
             self._add_history(table, order, where=where)
@@ -68,6 +78,7 @@ class FitPart:
         """Adds raw impressions, one row per shown item."""
         order = fold([to_keys(table["user_id"]), table["time_ms"].to_numpy(), to_keys(table["item_id"])]).view(np.int64)
         self._add_side(table, ("user", "context", "event"), order, where=where)
+        self._add_labels(table)
         self._add_exposures(table, where=where)
 
     def add_items(self, table: pa.Table, *, where: str) -> None:
@@ -138,6 +149,16 @@ class FitPart:
         pool = np.concatenate([self.samples[name], drawn]) if name in self.samples else drawn
         self.samples[name] = pool[np.lexsort((pool[:, 1], pool[:, 0]))][:SAMPLE_SIZE]
 
+    def _add_labels(self, candidates: pa.Table) -> None:
+        for name in self.schema.labels:
+            if name in candidates.column_names:
+                values = candidates[name].cast(pa.float64())
+                positives = int(pc.sum(pc.greater(values, 0.5)).as_py() or 0)
+                self._add_label(name, [len(values) - values.null_count, positives])
+
+    def _add_label(self, name: str, counts: list[int]) -> None:
+        self.labels[name] = [old + new for old, new in zip(self.labels.get(name, [0, 0]), counts, strict=True)]
+
     def _add_exposures(self, table: pa.Table, *, where: str) -> None:
         if self._counts_items:
             self._add_values(self._item_vocabulary, table["item_id"], where=f"{where}: item_id")
@@ -160,6 +181,8 @@ class FitPart:
             self._add_moments(name, moments)
         for name, sample in other.samples.items():
             self._add_sample(name, sample)
+        for name, counts in other.labels.items():
+            self._add_label(name, counts)
         parts = [table for table in (self.events, other.events) if table is not None]
         self.events = _summed_events(parts, self.counter_names) if parts else None
 
@@ -173,7 +196,8 @@ class FitPart:
                 vocabularies[name] = self._vocabulary(name, feature)
         dense = {f.name: self._stats(f) for f in self.schema.features if isinstance(f, DenseFeature)}
         counters, rates = self._counters(item_ids)
-        return FeatureState(self.schema, vocabularies, dense, counters, item_ids, as_of_ms, rates)
+        labels = {name: (observed, positives) for name, (observed, positives) in self.labels.items()}
+        return FeatureState(self.schema, vocabularies, dense, counters, item_ids, as_of_ms, rates, labels)
 
     def _vocabulary(self, name: str, feature: IdFeature) -> Vocabulary:
         if feature.buckets or name not in self.values:
@@ -219,7 +243,7 @@ class FitPart:
             storage.write_arrow(storage.join(uri, "events.arrow"), self.events)
         storage.write_json(storage.join(uri, "part.json"), {
             "values": sorted(self.values), "samples": sorted(self.samples), "events": self.events is not None,
-            "moments": self.moments})
+            "moments": self.moments, "labels": self.labels})
 
     @classmethod
     def load(cls, uri: str, schema: FeatureSchema) -> "FitPart":
@@ -230,6 +254,7 @@ class FitPart:
             schema,
             values={n: storage.read_arrow(storage.join(uri, f"values.{n}.arrow")) for n in facts["values"]},
             moments=facts["moments"],
+            labels=facts["labels"],
             samples={n: np.stack([t["hash"].to_numpy(), t["value"].to_numpy()], axis=1) for n, t in samples.items()},
             events=storage.read_arrow(storage.join(uri, "events.arrow")) if facts["events"] else None,
         )
@@ -280,6 +305,14 @@ def merged(schema: FeatureSchema, parts: Iterable[FitPart]) -> FitPart:
     while waiting:
         whole.merge(waiting.pop()[1])
     return whole
+
+
+def declared_space(schema: FeatureSchema) -> FeatureSpace:
+    """What models will see once the schema is fitted, before any log is read: vocabularies that grow with the log are
+    empty, hashed ones have their size, and every dense feature has its indicator of missing values."""
+    state = FitPart(schema).finish(pa.table({"item_id": pa.array([], pa.int64())}), as_of_ms=0)
+    missing = {name: stats.model_copy(update={"missing": True}) for name, stats in state.dense.items()}
+    return replace(state, dense=missing).space
 
 
 def fitted_columns(schema: FeatureSchema) -> set[str]:

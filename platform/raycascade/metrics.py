@@ -21,6 +21,7 @@ from raycascade.truth import top_k_membership
 
 SEED = 1024
 CALIBRATION_BINS = 20
+BINARY_METRICS = ("auc", "gauc", "logloss", "calibration_error", "predicted_over_observed")
 _UNIT = 1 << 40  # values of single requests are summed as integers of 2^-40, so that the order of a sum cannot show
 
 
@@ -176,21 +177,29 @@ class ListMetrics:
 
 
 class BinaryMetrics:
-    """AUC, GAUC, log loss and calibration of one stage's logits for one feedback label.
+    """AUC, GAUC, log loss and calibration of logits for one feedback label.
 
-    Keeps every row (16 bytes and the group each), because an exact AUC needs them. A label of NaN is left out, so
-    that padding and unobserved feedback can be passed as they are. A metric that is not defined is NaN.
+    auc: the share of pairs of a positive and a negative row that the logits order rightly, a tie counting half.
+    gauc: sum over users of rows x AUC / sum of rows, of the users who have both classes (Zhou et al., Deep Interest
+    Network, KDD 2018, section 6.3; rows are impressions). logloss: the mean of softplus(s) - y s.
+    calibration_error: the mean over rows of |mean prediction - rate of positives| of the row's bin, of
+    CALIBRATION_BINS bins of equal mass (Naeini et al., AAAI 2015, there with bins of equal width).
+    predicted_over_observed: sum of predictions / number of positives.
+
+    An exact AUC needs every score: rows are kept as float32 logit, label and group key, 13 bytes each. A label of NaN
+    is left out, so that padding and unobserved feedback can be passed as they are. What is not defined is NaN.
     """
 
     def __init__(self) -> None:
         self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._found: dict[str, float] | None = None  # of the rows so far
 
     def update(
         self, logits: "Tensor | np.ndarray", labels: "Tensor | np.ndarray",
         group_ids: "Sequence[object] | Tensor | np.ndarray",
     ) -> None:
-        """Logits and labels of one shape, [rows] or [Q, C]; group ids per row, or per request for [Q, C]."""
-        scores, truth = (_float64(x) for x in (logits, labels))
+        """Logits and labels of one shape, [rows] or [Q, C]; group ids (users) per row, or per request for [Q, C]."""
+        scores, truth = (_float32(x) for x in (logits, labels))
         groups = _keys(group_ids)
         if scores.ndim == 2:
             groups = np.repeat(groups, scores.shape[1])
@@ -202,15 +211,19 @@ class BinaryMetrics:
         if np.isnan(scores[known]).any():
             raise DataError("metrics: a logit is NaN; the training diverged, lower train.lr")
         self._chunks.append((scores[known], truth[known] > 0.5, groups[known]))
+        self._found = None
 
     def merge(self, other: "BinaryMetrics") -> None:
         """Takes in what another worker saw."""
         self._chunks.extend(other._chunks)
+        self._found = None
 
     def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits, labels and groups of all rows; the chunks become one, so that nothing is held twice."""
         if not self._chunks:
-            return np.zeros(0), np.zeros(0, bool), np.zeros(0, np.int64)
+            return np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int64)
         logits, labels, groups = (np.concatenate(parts) for parts in zip(*self._chunks, strict=True))
+        self._chunks = [(logits, labels, groups)]
         return logits, labels, groups
 
     @property
@@ -219,16 +232,23 @@ class BinaryMetrics:
         return sum(len(logits) for logits, _, _ in self._chunks)
 
     def result(self) -> dict[str, float]:
-        """`auc`, `gauc`, `logloss`, `calibration_error`."""
+        """The BINARY_METRICS by name."""
+        self._found = self._found or self._measured()
+        return dict(self._found)
+
+    def _measured(self) -> dict[str, float]:
         logits, labels, groups = self._columns()
         if len(logits) == 0:
-            return dict.fromkeys(("auc", "gauc", "logloss", "calibration_error"), math.nan)
-        auc, _ = grouped_auc(logits, labels, np.zeros(len(logits), np.int64))
+            return dict.fromkeys(BINARY_METRICS, math.nan)
+        auc, _ = grouped_auc(logits, labels, np.zeros(len(logits), np.int8))
         gauc, _ = grouped_auc(logits, labels, groups)
-        logloss = math.fsum(np.logaddexp(0.0, logits) - labels * logits) / len(logits)
+        exact = logits.astype(np.float64)
+        logloss = math.fsum(np.logaddexp(0.0, exact) - labels * exact) / len(logits)
         predicted, observed, rows = self.calibration_curve()
         error = float((np.abs(predicted - observed) * rows).sum() / rows.sum())
-        return {"auc": auc, "gauc": gauc, "logloss": logloss, "calibration_error": error}
+        total, positives = math.fsum(_probabilities(exact)), int(labels.sum())
+        ratio = total / positives if positives else math.nan
+        return dict(zip(BINARY_METRICS, (auc, gauc, logloss, error, ratio), strict=True))
 
     def num_skipped_groups(self) -> int:
         """Groups that GAUC leaves out because all their labels are equal."""
@@ -241,15 +261,19 @@ class BinaryMetrics:
         order = np.argsort(logits, kind="stable")
         _, inverse, counts = np.unique(logits[order], return_inverse=True, return_counts=True)
         rate = (np.bincount(inverse, labels[order], minlength=len(counts)) / counts)[inverse]
-        predicted = np.exp(-np.logaddexp(0.0, -logits[order]))
+        predicted = _probabilities(logits[order].astype(np.float64))
         parts = [part for part in np.array_split(np.arange(len(order)), bins) if len(part)]
         curve = [(predicted[part].mean(), rate[part].mean(), len(part)) for part in parts]
         means, rates, rows = np.asarray(curve, np.float64).reshape(-1, 3).T
         return means, rates, rows.astype(np.int64)
 
 
-def _float64(values: "Tensor | np.ndarray") -> np.ndarray:
-    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -logits))
+
+
+def _float32(values: "Tensor | np.ndarray") -> np.ndarray:
+    return values.detach().cpu().float().numpy() if isinstance(values, Tensor) else values.astype(np.float32)
 
 
 def grouped_auc(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[float, int]:

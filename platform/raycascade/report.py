@@ -46,6 +46,15 @@ class StageLosses:
 
 
 @dataclass(frozen=True)
+class PredictionResult:
+    """How a stage's score ("<stage>") or a task's logit ("<stage>/<task>") predicts a label, by name of the metric."""
+
+    name: str
+    num_rows: int  # candidates whose label is observed
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class CalibrationBin:
     """Candidates of similar predicted probability: the means of prediction and label, and how many they are."""
 
@@ -74,6 +83,7 @@ class Report:
     stages: Sequence[StageResult] = ()
     kept_to_the_end: int | None = None  # positives that no stage dropped; beside the stages' `lost`
     losses: Sequence[StageLosses] = ()
+    predictions: Sequence[PredictionResult] = ()
     calibration: Mapping[str, Sequence[CalibrationBin]] = field(default_factory=dict)  # by task or stage
     importance: Mapping[str, Sequence[FeatureImportance]] = field(default_factory=dict)  # by stage or task, best first
     curves: Mapping[str, Points] = field(default_factory=dict)  # part of the loss -> (step, value)
@@ -86,7 +96,8 @@ class Report:
 
 def render_report(content: Report) -> str:
     """The whole page; the same content gives the same bytes, and every text in it is escaped."""
-    sections = (_survival, _stages, _losses, _calibration, _importance, _training, _metrics, _facts, _config)
+    sections = (_survival, _stages, _losses, _predictions, _calibration, _importance, _training, _metrics, _facts,
+                _config)
     title = escape(content.title)
     summary = f"<p class='lead'>{escape(content.summary)}</p>" if content.summary else ""
     return (
@@ -182,6 +193,16 @@ def _losses(content: Report) -> str:
             "would have kept it, choosing among all that entered the stage which lost it. A kept candidate that no "
             "later stage wants wastes its place.")
     return drawing.section("Where good items are lost, and who wanted them", text, drawing.beside(figure) + table)
+
+
+def _predictions(content: Report) -> str:
+    names = list(dict.fromkeys(metric for result in content.predictions for metric in result.metrics))
+    rows = [[result.name, number(result.num_rows), *(number(result.metrics.get(name)) for name in names)]
+            for result in content.predictions]
+    columns = ["Stage or task", "Candidates", *(name.replace("_", " ") for name in names)]
+    text = ("A stage's score is held against the positive label, a task against its own. GAUC is the AUC within a "
+            "user, weighted by the user's rows. Predicted over observed is 1 where predictions sum to the positives.")
+    return drawing.section("Predictions of labels", text, drawing.table("Predictions", columns, rows)) if rows else ""
 
 
 def _calibration(content: Report) -> str:

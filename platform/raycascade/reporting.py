@@ -1,5 +1,6 @@
 """What a bundle and its measures look like on the report page."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import yaml
@@ -7,8 +8,17 @@ import yaml
 from raycascade import storage
 from raycascade.bundle import Bundle
 from raycascade.evaluation import Measured
+from raycascade.metrics import BINARY_METRICS
 from raycascade.models.gbdt import Gbdt
-from raycascade.report import CalibrationBin, FeatureImportance, Report, StageLosses, StageResult, SurvivalPoint
+from raycascade.report import (
+    CalibrationBin,
+    FeatureImportance,
+    PredictionResult,
+    Report,
+    StageLosses,
+    StageResult,
+    SurvivalPoint,
+)
 
 
 def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> Report:
@@ -28,21 +38,39 @@ def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> 
     }
     return Report(
         title=f"{bundle.uri.rsplit('/', 1)[-1]} on {split}",
-        summary=f"{' -> '.join(bundle.cascade.names)}: {recall.positives:,} held-out positives through the funnel.",
-        headline=[name for name in (*_headline(bundle), "auc") if name in metrics],
+        summary=_summary(bundle, measured),
+        headline=[name for name in _headline(bundle) if name in metrics],
         survival=_survival(bundle, metrics, baselines), stages=_stages(bundle, measured, metrics),
         kept_to_the_end=int(recall.hits.get(f"recall@{bundle.cascade.keeps[-1]}", 0)) if recall.positives else None,
         losses=stage_losses(bundle.cascade.names, bundle.cascade.quotas, metrics),
-        calibration=_calibration(bundle, measured), importance=_importance(bundle),
+        predictions=_predictions(measured), calibration=_calibration(bundle, measured), importance=_importance(bundle),
         curves={name: points for name, points in curves.items() if name not in validation}, validation=validation,
         metrics=metrics, baselines=baselines, facts=facts,
         config_yaml=yaml.safe_dump(bundle.config.model_dump(mode="json"), sort_keys=False),
     )
 
 
+def _summary(bundle: Bundle, measured: Measured) -> str:
+    names = " -> ".join(bundle.cascade.names)
+    if bundle.cascade.searches:
+        return f"{names}: {measured.catalogue.positives:,} held-out positives through the funnel."
+    rows = max((seen.num_rows for seen in (*measured.stages.values(), *measured.tasks.values())), default=0)
+    return f"{names}: {rows:,} candidates with a label, those that the log shows; there is no catalogue search."
+
+
 def _headline(bundle: Bundle) -> list[str]:
+    if not bundle.cascade.searches:
+        return list(BINARY_METRICS)
     joint = f"joint_recall@{bundle.config.lists.k}@{bundle.cascade.quotas[-1]}"
-    return [f"recall@{keep}" for keep in dict.fromkeys(bundle.cascade.keeps)] + [joint]
+    return [f"recall@{keep}" for keep in dict.fromkeys(bundle.cascade.keeps)] + [joint, "auc"]
+
+
+def _predictions(measured: Measured) -> list[PredictionResult]:
+    """Of every stage's score for the positive label, and of every task; those without a row left out."""
+    rows = {name: seen.num_rows for name, seen in {**measured.stages, **measured.tasks}.items()}
+    return [PredictionResult(name, rows[name], {metric: value for metric, value in found.items()
+                                                if not math.isnan(value)})
+            for name, found in measured.predictions().items() if rows[name]]
 
 
 def _survival(bundle: Bundle, metrics: dict[str, float], baselines: dict[str, dict[str, float]]) -> list[SurvivalPoint]:
@@ -58,6 +86,8 @@ def _survival(bundle: Bundle, metrics: dict[str, float], baselines: dict[str, di
 def _stages(bundle: Bundle, measured: Measured, metrics: dict[str, float]) -> list[StageResult]:
     """Each stage at its cut against the stage before it cut to the same number, on the catalogue."""
     names, keeps = bundle.cascade.names, bundle.cascade.keeps
+    if not measured.catalogue.positives:
+        return []
     rows, arriving = [], float(measured.catalogue.positives)
     for position, (name, keep) in enumerate(zip(names, keeps, strict=True)):
         left = measured.catalogue.hits.get(f"recall@{keep}/{name}")
@@ -87,8 +117,9 @@ def stage_losses(names: Sequence[str], quotas: Sequence[int], metrics: Mapping[s
 def _calibration(bundle: Bundle, measured: Measured) -> dict[str, Sequence[CalibrationBin]]:
     """Of the last stage's score, where it is a logit, and of every task."""
     predictions = {name.replace("/", ": "): task for name, task in measured.tasks.items()}
-    if not measured.fused:
-        predictions = {f"{bundle.cascade.names[-1]}: {bundle.state.schema.positive}": measured.ranker, **predictions}
+    last = bundle.cascade.names[-1]
+    if last not in measured.unscaled:
+        predictions = {f"{last}: {bundle.state.schema.positive}": measured.stages[last], **predictions}
     curves = {label: seen.calibration_curve() for label, seen in predictions.items() if seen.num_rows}
     return {label: [CalibrationBin(float(p), float(o), int(n)) for p, o, n in zip(*curve, strict=True)]
             for label, curve in curves.items()}

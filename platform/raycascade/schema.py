@@ -238,7 +238,7 @@ class FeatureSchema(Frozen):
             raise ConfigError(f"schema: feature {feature.name!r} reads the history, which is not there; add a feature "
                               "of kind history")
         if isinstance(feature, CrossFeature):
-            own = {f.name for f in self.features if f.kind in ("id", "ids") and f.side != "event"}
+            own = {f.name for f in self.features if isinstance(f, IdFeature) and f.side != "event"}
             for part in feature.parts:
                 _known(part, own | {f"{OF_HISTORY}{name}" for name in self._on_events()}, feature.name)
         elif isinstance(feature, CountFeature) and feature.label != "exposure":

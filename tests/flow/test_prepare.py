@@ -33,7 +33,7 @@ OPTIONS: dict[str, Any] = {
     "name": "table", "log": "log*", "items": "items*", "features": FEATURES, "labels": {"click": "click"},
     "positive": "click", "event_columns": {"action": "click"}, "columns": {"time": "ts"}, "exclude_seen": True,
 }
-STAGES = [{"name": "retriever", "keep": 4, "model": {"name": "two_tower"}},
+STAGES = [{"name": "retriever", "keep": 4, "exclude": ["pair"], "model": {"name": "two_tower"}},
           {"name": "ranker", "keep": 2, "model": {"name": "mlp"}}]
 ITEMS = pa.table({"item_id": np.arange(10, 20), "author": [f"author {i % 3}" for i in range(10)]})
 

@@ -48,9 +48,9 @@ def three_field_model(name: str, space: FeatureSpace, **options: Any) -> Any:
     cls, config = plugins.options("models", {"name": name, "dim": 2, **options}, "model")
     model = cls(config, space).double().eval()
     tables = model.inputs.tables
-    assign(tables["of:u"].weight[2], torch.tensor((0.1, 0.2)))
-    assign(tables["of:i"].weight[2:], torch.tensor(I_ROWS, dtype=torch.float64))
-    assign(tables["of:c"].weight[2:4], torch.tensor([(-0.5, 0.6), (0.7, -0.3)], dtype=torch.float64))
+    assign(tables.of("u")[1], torch.tensor((0.1, 0.2)))
+    assign(tables.of("i")[1:], torch.tensor(I_ROWS, dtype=torch.float64))
+    assign(tables.of("c")[1:3], torch.tensor([(-0.5, 0.6), (0.7, -0.3)], dtype=torch.float64))
     return model
 
 
@@ -247,45 +247,49 @@ def inputs_of(**options: Any) -> FieldInputs:
 
 def test_fields_of_one_vocabulary_share_a_table_and_no_others_do():
     inputs = inputs_of()
-    assert set(inputs.tables) == {f"of:{f.table}" for f in SPACE.fields if f.table}
-    tags, shared = random_batch().user["interests"], SPACE["tags"]
-    (as_item,) = inputs.vectors({"tags": tags}, [shared])
-    (as_interest,) = inputs.vectors({"interests": tags}, [SPACE["interests"]])
-    assert torch.equal(as_item, as_interest)
+    assert inputs.tables is not None
+    assert inputs.tables.sizes == {f.table: f.num_rows for f in SPACE.fields if f.table}
+    assert inputs.tables.num_embeddings == 1 + sum(size - 1 for size in inputs.tables.sizes.values())
+    tags = random_batch().user["interests"]
+    as_item = inputs.matrix({"tags": tags}, [SPACE["tags"]], tags.shape[:1])
+    assert torch.equal(as_item, inputs.matrix({"interests": tags}, [SPACE["interests"]], tags.shape[:1]))
 
 
 def test_ids_are_the_mean_over_the_values_there_are():
     inputs = inputs_of()
     rows = torch.tensor([[3, 5, 0], [0, 0, 0], [7, 7, 4]])
-    weight = next(inputs.tables["of:tag"].parameters())
-    (vectors,) = inputs.vectors({"tags": rows}, [SPACE["tags"]])
-    expected = [(weight[3] + weight[5]) / 2, weight[0] * 0, (2 * weight[7] + weight[4]) / 3]
+    assert inputs.tables is not None
+    weight = inputs.tables.of("tag")  # from row 1 on
+    vectors = inputs.matrix({"tags": rows}, [SPACE["tags"]], (3,))
+    expected = [(weight[2] + weight[4]) / 2, weight[0] * 0, (2 * weight[6] + weight[3]) / 3]
     close(vectors, torch.stack(expected), atol=1e-12)
 
 
-def test_vectors_come_in_the_order_of_the_fields_and_stack_for_models_that_compare_them():
-    inputs, batch = inputs_of(dense="field"), random_batch()
-    stack = inputs.stack(batch.item, inputs.candidate_fields)
-    assert stack.shape == (8, 5, len(inputs.candidate_fields), 3)
-    for position, field in enumerate(inputs.candidate_fields):
-        assert torch.equal(stack[..., position, :], inputs.vectors(batch.item, [field])[0])
-    assert torch.equal(stack.flatten(-2), inputs.candidate_matrix(batch))
+@pytest.mark.parametrize("dense", ["raw", "field"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_vectors_come_in_the_order_of_the_fields_whatever_their_forms(dense: str, mixed: bool):
+    """Fields of one form are looked up together, in turns they stand apart."""
+    inputs, batch = inputs_of(dense=dense), random_batch()
+    fields = inputs.candidate_fields[::2] + inputs.candidate_fields[1::2] if mixed else inputs.candidate_fields
+    assert len({f.form for f in fields}) > 2
+    one_by_one = [inputs.matrix(batch.item, [field], (8, 5)) for field in fields]
+    assert [x.shape[-1] for x in one_by_one] == [1 if f.form == "dense" and dense == "raw" else 3 for f in fields]
+    assert torch.equal(inputs.matrix(batch.item, fields, (8, 5)), torch.cat(one_by_one, -1))
 
 
 def test_a_dense_field_is_a_line_through_its_offset_or_the_number_itself():
     x = torch.tensor([[0.0], [2.0]])
-    (raw,) = inputs_of().vectors({"price": x}, [SPACE["price"]])
-    close(raw, x[..., None], atol=0)
+    close(inputs_of().matrix({"price": x[:, 0]}, [SPACE["price"]], (2,)), x, atol=0)
     inputs = inputs_of(dense="field")
-    (vectors,) = inputs.vectors({"price": x}, [SPACE["price"]])
+    vectors = inputs.matrix({"price": x[:, 0]}, [SPACE["price"]], (2,))
     assert inputs.dense_vectors is not None
     slope, offset = inputs.dense_vectors[:, [f.name for f in SPACE.fields if f.form == "dense"].index("price")]
-    close(vectors, torch.stack([offset, offset + 2 * slope])[:, None], atol=1e-12)
+    close(vectors, torch.stack([offset, offset + 2 * slope]), atol=1e-12)
 
 
 def test_tables_start_small_with_a_padding_row_that_is_zero_and_never_trained():
     space = FeatureSpace(fields=(Field(name="i", side="item", form="id", table="i", num_rows=20_000),))
-    table = FieldInputs(InputOptions.model_validate({}), space, model="mlp").tables["of:i"]
+    table = FieldInputs(InputOptions.model_validate({}), space, model="mlp").tables
     assert isinstance(table, nn.Embedding)
     assert abs(table.weight[1:].std().item() - 0.05) < 0.001
     assert (table.weight[0] == 0).all()
@@ -361,12 +365,12 @@ def test_a_split_linear_map_equals_the_one_over_concatenated_inputs(request_widt
     close(layer(layer.of_request(u), x), whole.detach(), atol=1e-6)
 
 
-def test_linear_maps_start_kaiming_before_relu_and_xavier_elsewhere():
-    close(_layers.linear(400, 200, activation="relu").weight.abs().max(), math.sqrt(6 / 400), atol=1e-3)
-    close(_layers.linear(400, 200).weight.abs().max(), math.sqrt(6 / 600), atol=1e-3)
-    split = _layers.SplitLinear(300, 100, 200, activation="relu")
+def test_linear_maps_start_uniform_within_the_root_of_the_width_of_their_whole_input():
+    layer, split = _layers.linear(400, 200), _layers.SplitLinear(300, 100, 200)
     assert split.candidate is not None
-    close(split.candidate.weight.abs().max(), math.sqrt(6 / 400), atol=1e-3)
+    for weight in (layer.weight, split.candidate.weight):
+        close(weight.abs().max(), 1 / math.sqrt(400), atol=1e-4)
+        close(weight.std(), 1 / math.sqrt(3 * 400), atol=1e-3)
     assert (_layers.linear(4, 2).bias == 0).all()
 
 

@@ -34,7 +34,7 @@ def test_every_entry_of_a_cross_layer_equals_the_hand_computed_one(num_layers: i
 def test_the_scale_of_x_0_equals_the_hand_computed_one():
     """a_n is what is left of x_0: the change of x_n . w with B_n taken off."""
     for num_layers, expected in ((1, [1.13, 0.77]), (2, [0.94, 0.5569])):
-        shift = sum(f3.T((6,), n + 3) for n in range(num_layers))
+        shift = torch.stack([f3.T((6,), n + 3) for n in range(num_layers)]).sum(0)
         x_n = torch.tensor((X_1, X_2)[num_layers - 1], dtype=torch.float64)
         x_0 = torch.tensor(f3.X_0, dtype=torch.float64)
         f3.close((x_n - shift) / x_0, torch.tensor(expected).double()[:, None].expand(2, 6), atol=1e-5)

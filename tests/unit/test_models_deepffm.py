@@ -52,17 +52,18 @@ def test_every_pair_multiplies_the_vectors_meant_for_each_other(product: str):
 def test_no_vector_is_kept_for_the_field_itself_and_none_is_idle():
     model, batch = build("deepffm", {"dim": 3}), random_batch(num_requests=40)
     num_fields = model.pairs.inputs.num_fields
-    assert {table.embedding_dim for table in model.pairs.inputs.tables.values()} == {3 * (num_fields - 1)}
+    assert model.pairs.inputs.tables.embedding_dim == 3 * (num_fields - 1)
     model(batch).sum().backward()
-    for name, table in model.pairs.inputs.tables.items():
-        assert (table.weight.grad.to_dense().abs().sum(0) > 0).all(), name
+    tables = model.pairs.inputs.tables
+    gradient = tables.weight.grad.to_dense().abs()
+    for name, first in tables.first_rows.items():
+        assert (gradient[first + 1:first + tables.sizes[name]].sum(0) > 0).all(), name
 
 
 def test_the_caller_declares_plain_vocabularies():
     """Every table keeps the rows of its vocabulary."""
     tables = build("deepffm", {}).pairs.inputs.tables
-    sizes = {f"of:{f.table}": f.num_rows for f in SPACE.fields if f.table}
-    assert {name: table.num_embeddings for name, table in tables.items()} == sizes
+    assert tables.sizes == {f.table: f.num_rows for f in SPACE.fields if f.table}
 
 
 # ---------------------------------------------------------------- slots

@@ -23,8 +23,12 @@ def assign_evolution(evolution: Evolution) -> None:
     assign(evolution.input.bias, torch.cat([T((2,), s) for s in (4, 7, 10)]))
 
 
+LARGER = f3.WITH_HISTORY.model_copy(update={"fields": tuple(
+    f.model_copy(update={"num_rows": 10}) if f.name == "i" else f for f in f3.FIELDS)})  # room for two negatives
+
+
 def hand_set(**options: Any) -> Any:
-    model = f3.build("dien", f3.WITH_HISTORY, dim=2, **options)
+    model = f3.build("dien", LARGER, dim=2, **options)
     w, u, b = (torch.cat([sign * T(shape, s) for sign, s in ((1, 4 + n), (-1, 1 + n), (1, 7 + n))])
                for n, shape in enumerate([(2, 2), (2, 2), (2,)]))  # PyTorch: r, z = 1 - u, n
     assign(model.extractor.gru.weight_ih_l0, torch.cat([w, b[:, None]], 1))
@@ -36,9 +40,7 @@ def hand_set(**options: Any) -> Any:
 
 def with_negatives(batch: Batch, model: Any) -> Batch:
     """(0.2, 0.2) beside e_2 and (-0.4, 0.1) beside e_3, as rows of the table."""
-    table = torch.cat([model.inputs.tables["of:i"].weight, torch.tensor([(0.2, 0.2), (-0.4, 0.1)])]).double()
-    model.inputs.tables["of:i"] = nn.Embedding(10, 2, padding_idx=0, sparse=True).double()
-    assign(model.inputs.tables["of:i"].weight, table)
+    assign(model.inputs.tables.of("i")[7:9], [(0.2, 0.2), (-0.4, 0.1)])
     rows_QL = torch.tensor([[7, 7, 8, 9]])[:, -batch.history_mask_QL.shape[1]:]
     return replace(batch, history_negatives={"i": rows_QL})
 

@@ -15,7 +15,7 @@ B_0 = [(0, -0.053230, 0, -0.014676, 0, 0.003972), (0, -0.035312, 0, -0.031297, 0
 
 
 def oracle_model(**options: Any) -> Any:
-    model = f3.build("edcn", dim=2, **options)
+    model = f3.build("edcn", dim=2, **{"gate_scale": "none", **options})
     levels = model.num_layers
     f3.assign(model.theta, torch.tensor([[(1, 2, 3), (1, 1, 1)], [(3, 1, 2), (2, 1, 1)]]).double()[:, :levels])
     f3.assign_split(model.cross_first, f3.T((6,), 1).view(1, 6))
@@ -60,14 +60,14 @@ def bridged(model: Any, level: int, c: Tensor, d: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [
-    {"bridge": "hadamard", "temperature": 0.5}, {"bridge": "add", "gate_scale": "fields"}, {"bridge": "concat"},
+    {"bridge": "hadamard", "temperature": 0.5, "gate_scale": "none"}, {"bridge": "add"}, {"bridge": "concat"},
     {"bridge": "attention", "num_layers": 1}, {"bridge": "attention", "num_layers": 3}])
 def test_the_split_form_equals_the_equations_over_whole_rows(options: dict[str, Any]):
     model, batch = build("edcn", {"dim": 4, **options}), random_batch()
     request_QD = model.inputs.request_matrix(batch, history=True)
     b = torch.cat([request_QD[:, None].expand(-1, 5, -1), model.inputs.candidate_matrix(batch)], -1)
     num_fields = b.shape[-1] // 4
-    scale = num_fields if options.get("gate_scale") == "fields" else 1
+    scale = num_fields if options.get("gate_scale", "fields") == "fields" else 1
     theta = model.theta / options.get("temperature", 1.0)
     weights = [torch.cat([m.request.weight, m.candidate.weight], 1) for m in (model.cross_first, model.deep_first)]
     base = b
@@ -87,7 +87,7 @@ def test_the_split_form_equals_the_equations_over_whole_rows(options: dict[str, 
 def test_gates_start_equal_and_are_learnt():
     model = build("edcn", {}, generic=False)
     assert (model.theta == 1).all()
-    f3.close(model.gates(), torch.full_like(model.theta, 1 / model.theta.shape[-1]), atol=1e-12)
+    f3.close(model.gates(), torch.ones_like(model.theta), atol=1e-12)
     generic = build("edcn", {})
     generic(random_batch()).sum().backward()
     assert generic.theta.grad.abs().flatten(0, 1).max(-1).values.min() > 1e-9

@@ -77,7 +77,7 @@ def test_a_category_is_a_set_and_not_an_order():
     """Labels 1, 0, 1 of three values: a threshold on the codes takes two splits, a set one."""
     space = FeatureSpace(fields=(Field(name="x", side="item", form="id", table="x", num_rows=5),))
     model = model_of(space, **STUMP)
-    codes, labels = [0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 1, 1]
+    codes, labels = [0, 0, 1, 1, 2, 2], [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     fit_rows(model, hand_rows([[code] for code in codes], labels), keep=1, seed=0, threads=1)
     margins = model(one_list({"x": torch.tensor([[2, 3, 4]])}))[0, :, 0]
     assert margins[0] > 0

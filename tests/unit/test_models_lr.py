@@ -47,7 +47,7 @@ def test_the_weight_of_a_value_that_is_absent_changes_nothing():
     model, batch = f3.build("lr"), f3.batch()
     before = model(batch)
     for table in ("u", "i", "c"):
-        start = model.linear.first_rows[table]
+        start = model.linear.values.first_rows[table]
         f3.assign(model.linear.values.weight[start + 4:start + 8], torch.full((4, 1), 9.0))
     assert torch.equal(model(batch), before)
 
@@ -61,15 +61,16 @@ def test_the_gradient_of_a_weight_is_the_error_times_the_values_multiplicity():
     nn.functional.binary_cross_entropy_with_logits(logits, label, reduction="sum").backward()
     gradient = model.linear.values.weight.grad.coalesce().to_dense()[:, 0]
     errors = (torch.sigmoid(logits) - label)[0].detach()
-    start = model.linear.first_rows["i"]
+    start = model.linear.values.first_rows["i"]
     times = torch.tensor([(3, 0), (0, 1), (0, 0), (1, 0), (0, 0), (0, 0)]).double()  # of rows 2 to 7, a candidate
     f3.close(gradient[start + 2:start + 8], times @ errors)
-    f3.close(gradient[model.linear.first_rows["u"] + 2], errors.sum())
+    f3.close(gradient[model.linear.values.first_rows["u"] + 2], errors.sum())
     assert gradient[0] == 0
 
 
 def test_an_exclusive_or_is_learnt_with_its_cross_and_not_without():
-    u, i = (Field(name=n, side=s, form="id", table=n, num_rows=12) for n, s in (("u", "request"), ("i", "item")))
+    u = Field(name="u", side="request", form="id", table="u", num_rows=12)
+    i = Field(name="i", side="item", form="id", table="i", num_rows=12)
     cross = Field(name="u x i", side="pair", form="id", table="u x i", num_rows=102)
     users, items = torch.meshgrid(torch.arange(2, 12), torch.arange(2, 12), indexing="ij")
     label = ((users + items) % 2).double()
@@ -97,13 +98,13 @@ def test_an_exclusive_or_is_learnt_with_its_cross_and_not_without():
 # ---------------------------------------------------------------- the term itself
 def naive(module: FirstOrder, batch: Any, q: int, c: int) -> Tensor:
     """w_0 + sum over fields, one value at a time, each vocabulary's weights read from its own place."""
-    number_rows = {side: iter(linear.weight.T) for side, linear in module.numbers.items()}
+    number_rows = {side: iter(linear.get_parameter("weight").T) for side, linear in module.numbers.items()}
 
     def of(field: Field, value: Tensor, side: str, numbers: Any) -> Tensor:
         if field.form in ("dense", "vector"):
             return sum((x * w for x, w in zip(value.view(-1), numbers[field.name], strict=True)), torch.zeros(2))
         rows = [int(row) for row in value.view(-1) if row > 0]
-        weights = [module.values.weight[module.first_rows[field.table] + row] for row in rows]
+        weights = [module.values.weight[module.values.first_rows[field.table] + row] for row in rows]
         total = sum(weights, torch.zeros(2, dtype=torch.float64))
         return total if field.form == "id" or field.pool == "sum" or not rows else total / len(rows)
 
@@ -132,7 +133,7 @@ def test_the_term_equals_the_sum_over_one_value_at_a_time():
 
 def test_fields_that_share_a_vocabulary_share_its_weights_and_the_history_does_too():
     module = FirstOrder(SPACE, 1)
-    assert module.first_rows.keys() == {f.table for f in SPACE.fields if f.table}
+    assert module.values.first_rows.keys() == {f.table for f in SPACE.fields if f.table}
     assert len(module.values.weight) == 1 + sum(
         n - 1 for n in {f.table: f.num_rows for f in SPACE.fields if f.table}.values())
     model = f3.build("lr", f3.WITH_HISTORY)

@@ -45,10 +45,10 @@ def test_several_values_of_a_cross_are_added_up():
 
 def test_only_the_wide_part_sees_a_cross():
     model = crossed_model()
-    assert "of:u x c" not in model.inputs.tables
-    assert "u x c" in model.linear.first_rows
+    assert "u x c" not in model.inputs.tables.sizes
+    assert "u x c" in model.linear.values.sizes
     both = f3.build("wide_deep", CROSSED, dim=2)
-    assert "of:u x c" in both.inputs.tables
+    assert "u x c" in both.inputs.tables.sizes
 
 
 def test_the_gradient_of_the_deep_part_never_touches_wide_weights_nor_the_other_way_round():

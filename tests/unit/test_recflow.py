@@ -303,7 +303,7 @@ def test_the_configs_have_the_published_widths(raw: Path, file: str, hidden: dic
     assert _widths(tower.user_tower) == [104, 128, 64, 32]
     assert _widths(tower.item_tower) == [64, 128, 64, 32]
     assert {name: _widths(models[name].mlp) for name in hidden} == hidden
-    assert {len(table.weight[0]) for model in models.values() for table in model.inputs.tables.values()} == {8}
+    assert {model.inputs.tables.embedding_dim for model in models.values()} == {8}
 
 
 def _widths(network: torch.nn.Module) -> list[int]:

@@ -19,6 +19,7 @@ def index(uri: str) -> dict[str, Any]:
     """
     started = time.monotonic()
     bundle = load_bundle(uri)
+    bundle.cascade.require_search()
     parent, _, name = bundle.uri.rstrip("/").rpartition("/")
     files: dict[str, str] = bundle.manifest["files"]
     content = json.dumps([files, bundle.config.index, __version__], sort_keys=True).encode()

@@ -29,6 +29,7 @@ from raycascade.flows._spill import SpillFile, partitions, read_partition, spill
 from raycascade.keys import to_keys
 from raycascade.schema import FeatureSchema
 from raycascade.shards import by_day, publish, write_part
+from raycascade.training.refusals import check_stages
 
 NOW = "\x00now"  # request id of the synthetic request that carries a user's state at the end of the training log
 ENCODE_ROWS = 4096
@@ -64,11 +65,15 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def prepare(config: Config) -> dict[str, Any]:
-    """Builds and publishes shards; returns {"shards", "requests", "items", "seconds"}. A failed run leaves nothing."""
+    """Builds and publishes shards; returns {"shards", "requests", "items", "seconds"}. A failed run leaves nothing.
+
+    ConfigError, before anything is read, where the stages do not go with the declared features and labels.
+    """
     started = time.monotonic()
     version = f"v-{uuid.uuid4().hex[:12]}"
     root = config.paths.shards
     dataset = open_dataset(config)
+    check_stages(config, dataset.schema())
     tasks = spill_tasks(dataset.slices())
     plan = Plan(config, storage.join(root, f"_work-{version}"), storage.join(root, version))
     try:

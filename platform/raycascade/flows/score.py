@@ -42,9 +42,10 @@ class Piece:
 def score(uri: str, *, requests: str, out: str) -> dict[str, Any]:
     """Writes one result row per request into the folder `out`; returns {"out", "rows", "seconds"}.
 
-    Requests need `user_id`; without `request_id` they are named by file and row. Results appear at once when all are
-    there: `request_id, user_id, items (best first), scores (the last stage's)`. The same bundle and requests again are
-    recognised as done; an `out` that holds anything else is a DataError.
+    Requests need `user_id`, and `candidates` (lists of item ids) where the first stage does not search; without
+    `request_id` they are named by file and row. Results appear at once when all are there: `request_id, user_id, items
+    (best first), scores (the last stage's)`. The same bundle and requests again are recognised as done; an `out` that
+    holds anything else is a DataError.
     """
     started = time.monotonic()
     bundle = load_bundle(uri)
@@ -95,6 +96,10 @@ def check(bundle: Bundle, uri: str, files: list[str]) -> dict[str, list[int]]:
         with open_parquet(where) as parquet:
             schema = parquet.schema_arrow
             checked(schema.empty_table(), bundle, where=where)
+            if not bundle.cascade.searches and "candidates" not in schema.names:
+                stage = bundle.cascade.names[0]
+                raise DataError(f"{where}: column 'candidates' is missing; stage {stage!r} searches no catalogue, so "
+                                "give every request the list of items to rank")
             kinds = {name: str(schema.field(name).type) for name in needed(schema.names, bundle)}
             first = first or kinds
             if kinds != first:

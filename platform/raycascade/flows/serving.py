@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 from fastapi import FastAPI
 from ray import serve
 
-from raycascade import storage
+from raycascade import plugins, storage
 from raycascade.bundle import load_bundle, verify
 from raycascade.config import parse_config
 from raycascade.errors import ConfigError
@@ -110,7 +110,11 @@ def _stage_names(uri: str) -> tuple[str, ...]:
     import yaml
 
     path = storage.join(uri, "config.yaml")
-    return tuple(stage.name for stage in parse_config(yaml.safe_load(storage.read_bytes(path)), where=path).stages)
+    stages = parse_config(yaml.safe_load(storage.read_bytes(path)), where=path).stages
+    if not hasattr(plugins.find("models", stages[0].model["name"]), "embed_items"):
+        raise ConfigError(f"serve: stage {stages[0].name!r} cannot search a catalogue: only a model with item vectors, "
+                          "such as two_tower, can; put one first, or score requests that bring candidates")
+    return tuple(stage.name for stage in stages)
 
 
 def free_port(host: str, port: int) -> int:

@@ -1,6 +1,9 @@
 """Binary cross-entropy per stage: the plain, pointwise way to train a cascade, and the baseline of the others."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field as Option
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,11 +25,13 @@ class BinaryCrossEntropy(Objective):
     min_stages = 1
 
     class Config(PluginConfig):
-        """Options of bce. `task_weights`: of the tasks of a stage, 1 where left out."""
+        """Options of bce. `task_weights`: of the tasks of a stage, 1 where left out; `task_gammas`: what a task's
+        weight is multiplied by after every epoch, 1 where left out."""
 
         label: str | None = None
         entry_levels: tuple[int, ...] | None = None
         task_weights: dict[str, float] = {}
+        task_gammas: dict[str, Annotated[float, Option(gt=0)]] = {}
 
     def __init__(self, config: Config, stage_names: tuple[str, ...]) -> None:
         super().__init__(config, stage_names)
@@ -50,9 +55,12 @@ class BinaryCrossEntropy(Objective):
             parts[f"bce/{stage}"] = request_mean(candidate_mean(loss_QC, seen_QC), seen_QC.any(dim=1))
         return LossOutput(torch.stack(list(parts.values())).sum(), parts)
 
-    def over_tasks(self, logits_QCT: Tensor, tasks: tuple[str, ...], targets: Targets) -> LossOutput:
-        """sum_t w_t (sum of l_t over the candidates whose label t is observed) / max(1, their number), for the logits
-        of one stage (the loss of ple, Tang et al. 2020). Parts: `bce/<stage>/<task>`, without the weights."""
+    def over_tasks(
+        self, logits_QCT: Tensor, tasks: tuple[str, ...], targets: Targets, *, epoch: int = 0
+    ) -> LossOutput:
+        """sum_t w_t g_t^epoch (sum of l_t over the candidates whose label t is observed) / max(1, their number), for
+        the logits of one stage (the loss of ple, Tang et al. 2020). Parts: `bce/<stage>/<task>`, without the weights.
+        """
         (stage,), (level, *_) = self.stage_names, self.entry_levels
         seen_QC = targets.mask_QC & (targets.reached_QC >= level)
         parts: dict[str, Tensor] = {}
@@ -63,6 +71,7 @@ class BinaryCrossEntropy(Objective):
                 loss_QC = functional.softplus(logits_QC) - truth_QC * logits_QC
                 total = torch.where(known_QC, loss_QC, 0.0).sum()
                 parts[f"bce/{stage}/{task}"] = total / known_QC.sum().clamp(min=1)
-        weights = [self.config.task_weights.get(task, 1.0) for task in tasks]
+        weights = [self.config.task_weights.get(task, 1.0) * self.config.task_gammas.get(task, 1.0)**epoch
+                   for task in tasks]
         weighted = [weight * part for weight, part in zip(weights, parts.values(), strict=True)]
         return LossOutput(torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()})

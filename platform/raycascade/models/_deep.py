@@ -17,7 +17,8 @@ class DeepOptions(InputOptions):
 
 
 class DeepPart(nn.Module):
-    """MLP([x_u; x_c]) without an output bias, or 0 where `options.hidden` is empty."""
+    """MLP([x_u; x_c]) without an output bias, or 0 where `options.hidden` is empty. With `num_tasks` 0 it ends at the
+    last hidden units, or has width 0."""
 
     def __init__(self, options: DeepOptions, request_width: int, candidate_width: int, num_tasks: int) -> None:
         super().__init__()

@@ -22,8 +22,8 @@ class Excitation(nn.Module):
         super().__init__()
         self.sizes = [num_request, num_candidate]
         hidden = max(1, sum(self.sizes) // reduction)
-        self.first = SplitLinear(num_request, num_candidate, hidden, bias=False, activation="relu")
-        self.second = linear(hidden, sum(self.sizes), bias=False, activation=activation)
+        self.first = SplitLinear(num_request, num_candidate, hidden, bias=False)
+        self.second = linear(hidden, sum(self.sizes), bias=False)
         self.activation = activation
         halves = (self.first.request, self.first.candidate) if never_negative else ()
         opened = (*halves, self.second) if activation == "relu" else halves

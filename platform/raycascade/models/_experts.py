@@ -1,24 +1,39 @@
 """What multi-task models share: experts side by side, gates that mix them, and one tower per task."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from pydantic import Field as Option
+from pydantic import Field as Option, model_validator
 from torch import Tensor, nn
 
+from raycascade.batch import Batch
 from raycascade.models._inputs import InputOptions
 from raycascade.models._layers import MLP, ActivationName, HiddenUnits, SplitLinear, initialise
+from raycascade.models._model import TorchModel
+from raycascade.models._trunks import FieldTrunk, TowerTrunk, refuse_unfit_tower
+from raycascade.schema import FeatureSpace
 
 
 class ExpertOptions(InputOptions):
-    """Options of every multi-task model. `hidden`: layers of each shared part or expert, an activation after the last
-    one too; `tower_hidden`: hidden layers of each task's tower."""
+    """Options of every multi-task model. `tower`: a model such as {name: dcn_v2}, whose vector before the output the
+    experts read; None: the fields. `hidden`: layers of each shared part or expert, an activation after the last one
+    too; `tower_hidden`: hidden layers of each task's tower."""
 
+    tower: dict[str, Any] | None = None
     hidden: tuple[int, ...] = Option(default=(32,), min_length=1)
     tower_hidden: tuple[int, ...] = (16,)
     activation: ActivationName = "relu"
     dropout: float = Option(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _tower_fits(self) -> "ExpertOptions":
+        if self.tower is not None:
+            refuse_unfit_tower(self.tower, beside=self.model_fields_set & set(InputOptions.model_fields))
+        return self
 
 
 class Experts(nn.Module):
@@ -30,7 +45,7 @@ class Experts(nn.Module):
     def __init__(self, options: ExpertOptions, request_width: int, candidate_width: int, num: int) -> None:
         super().__init__()
         self.num, hidden = num, options.hidden
-        self.first = SplitLinear(request_width, candidate_width, num * hidden[0], activation=options.activation)
+        self.first = SplitLinear(request_width, candidate_width, num * hidden[0])
         self.units = nn.ModuleList(
             HiddenUnits(num * width, activation=options.activation, norm="none", dropout=options.dropout)
             for width in hidden)
@@ -39,7 +54,7 @@ class Experts(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for shape in shapes)
         for weight in self.weights:
             for expert in weight.detach():  # in place: views of the parameter
-                initialise(expert, activation=options.activation)
+                initialise(expert)
 
     def of_request(self, x_QD: Tensor) -> Tensor:
         """The request's share of the first layers."""
@@ -88,3 +103,58 @@ class Towers(nn.Module):
     def forward(self, inputs: Sequence[Tensor], mask_QC: Tensor) -> Tensor:
         """Logits [Q, C, T] from one [Q, C, H] a task."""
         return torch.cat([tower(y_QCH, mask_QC) for tower, y_QCH in zip(self.of_task, inputs, strict=True)], -1)
+
+
+@dataclass(frozen=True)
+class MultiTaskState:
+    """The request's half: its shares of the experts and gates that read the trunk, and the trunk's own state."""
+
+    shares: Any
+    trunk: Any
+
+
+class MultiTaskModel(TorchModel):
+    """Experts over a trunk, mixed for every task, and a tower for each task: z_t = MLP_t(y_t).
+
+    The trunk is x = [x_u; x_c], where the history enters x_u as the mean of each of its columns, or the representation
+    of another model (`ExpertOptions.tower`). A subclass builds its experts over `trunk.widths`.
+    """
+
+    def __init__(self, config: ExpertOptions, space: FeatureSpace, *, num_tasks: int, model: str) -> None:
+        super().__init__()
+        self.trunk = (FieldTrunk(config, space, model=model) if config.tower is None
+                      else TowerTrunk(config.tower, space))
+        self.towers = Towers(config, num_tasks)
+
+    @property
+    def training_needs(self) -> frozenset[str]:
+        """Those of the trunk."""
+        return self.trunk.training_needs
+
+    def silence(self) -> None:
+        """Logits start at the biases of the towers' last layers, 0."""
+        self.towers.silence()
+
+    @abstractmethod
+    def of_request(self, x_QD: Tensor) -> Any:
+        """The request's shares of all that reads the trunk, from its request part."""
+
+    @abstractmethod
+    def mixed(self, shares: Any, x_QCD: Tensor, mask_QC: Tensor) -> Sequence[Tensor]:
+        """y_t [Q, C, H] of every task, given `of_request` and the trunk's candidate part."""
+
+    def encode_request(self, batch: Batch) -> MultiTaskState:
+        """What the request alone decides."""
+        x_QD, trunk = self.trunk.of_request(batch)
+        return MultiTaskState(self.of_request(x_QD), trunk)
+
+    def score_candidates(self, state: MultiTaskState, batch: Batch) -> Tensor:
+        """Logits [Q, C, T]."""
+        x_QCD = self.trunk.of_candidates(state.trunk, batch)
+        return self.towers(self.mixed(state.shares, x_QCD, batch.mask_QC), batch.mask_QC)
+
+    def train_outputs(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Logits [Q, C, T], and the trunk's auxiliary losses."""
+        x_QD, x_QCD, extra = self.trunk.train_outputs(batch)
+        mixed = self.mixed(self.of_request(x_QD), x_QCD, batch.mask_QC)
+        return self.towers(mixed, batch.mask_QC), extra

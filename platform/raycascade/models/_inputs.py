@@ -1,10 +1,11 @@
 """From batch to vectors: the embedding tables and projections of a `FeatureSpace`.
 
-One table per vocabulary: fields that name the same `Field.table` share it, on whichever side they stand. Row 0 of every
-table is zero and never trained. Ids stay int64 up to the lookup.
+One table per vocabulary: fields that name the same `Field.table` share it, on whichever side they stand. Ids stay int64
+up to the lookup. A side of a batch takes one lookup for all its id fields, whatever their number.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from raycascade.batch import Batch
 from raycascade.errors import ConfigError
 from raycascade.models._layers import linear, masked_mean
+from raycascade.models._tables import JoinedTables
 from raycascade.plugins import PluginConfig
 from raycascade.schema import PADDING, FeatureSpace, Field
 
@@ -49,7 +51,8 @@ class FieldInputs(nn.Module):
         self.history_fields = tuple(f for f in self.item_fields if f.name in space.history_fields)
         if not self.candidate_fields:
             raise ConfigError(f"{model}: no feature of the candidates is left; exclude fewer features from the stage")
-        self.tables = _tables(space.fields, options)
+        looked_up = any(f.table for f in space.fields)
+        self.tables = JoinedTables(space.fields, options.dim, std=options.embedding_std) if looked_up else None
         self.projections = nn.ModuleDict(
             {_key(f.name): linear(f.width, options.dim) for f in space.fields if f.form == "vector"})
         names = [f.name for f in space.fields if f.form == "dense"] if options.dense == "field" else []
@@ -63,54 +66,53 @@ class FieldInputs(nn.Module):
         """Width of `matrix` for these fields."""
         return sum(1 if f.form == "dense" and self.dense == "raw" else self.dim for f in fields)
 
-    def vectors(self, values: Mapping[str, Tensor], fields: Sequence[Field]) -> list[Tensor]:
-        """One [..., width] per field, in the order given; all values share their leading shape. One lookup a table."""
-        found: dict[str, Tensor] = {}
-        for table in dict.fromkeys(f.table for f in fields if f.form in ("id", "ids")):
-            found |= self._embedded(values, [f for f in fields if f.table == table])
-        for field in fields:
-            if field.form == "dense":
-                found[field.name] = self._dense(values[field.name].to(self._anchor.dtype), field)
-            elif field.form == "vector":
-                found[field.name] = self.projections[_key(field.name)](values[field.name].to(self._anchor.dtype))
-        return [found[f.name] for f in fields]
-
     def matrix(self, values: Mapping[str, Tensor], fields: Sequence[Field], leading: Sequence[int]) -> Tensor:
-        """The vectors side by side [*leading, width]; `leading` matters where there is no field."""
+        """The fields' vectors side by side [*leading, width]; `leading` matters where there is no field."""
         if not fields:
             return self._anchor.new_zeros(*leading, 0)
-        return torch.cat(self.vectors(values, fields), -1)
+        forms = {f.form: [g for g in fields if g.form == f.form] for f in fields}
+        blocks = {form: self._block(values, listed) for form, listed in forms.items()}
+        if len(blocks) == 1:
+            return next(iter(blocks.values()))
+        used, pieces = dict.fromkeys(blocks, 0), []
+        for form, run in groupby(fields, key=lambda f: f.form):  # fields stay in the order of the schema
+            start = used[form]
+            used[form] += self.width(list(run))
+            pieces.append(blocks[form][..., start:used[form]])
+        return torch.cat(pieces, -1)
 
-    def stack(self, values: Mapping[str, Tensor], fields: Sequence[Field]) -> Tensor:
-        """The vectors one below the other [..., m, dim], for models that compare fields; needs `dense: field`."""
-        return torch.stack(self.vectors(values, fields), -2)
+    def _block(self, values: Mapping[str, Tensor], fields: Sequence[Field]) -> Tensor:
+        """Vectors of fields of one form side by side [..., width]."""
+        if fields[0].form == "dense":
+            return self._of_numbers(torch.stack([values[f.name].to(self._anchor.dtype) for f in fields], -1), fields)
+        if fields[0].form == "vector":
+            return torch.cat([self.projections[_key(f.name)](values[f.name].to(self._anchor.dtype)) for f in fields],
+                             -1)
+        assert self.tables is not None
+        if fields[0].form == "id":
+            return self.tables(self.tables.single_rows(values, fields)).flatten(-2)
+        slots = [values[f.name] for f in fields]
+        vectors = self.tables(self.tables.listed_rows(values, fields)).split([slot.shape[-1] for slot in slots], -2)
+        pooled = []
+        for field, slot, each in zip(fields, slots, vectors, strict=True):  # padding is zero: the sum needs no mask
+            count = 1 if field.pool == "sum" else (slot != PADDING).sum(-1, keepdim=True).clamp(min=1)
+            pooled.append(each.sum(-2) / count)
+        return torch.cat(pooled, -1)
 
-    def _embedded(self, values: Mapping[str, Tensor], sharing: Sequence[Field]) -> dict[str, Tensor]:
-        """Vectors of fields that share one table."""
-        slots = [values[f.name] if f.form == "ids" else values[f.name].unsqueeze(-1) for f in sharing]
-        rows = slots[0] if len(slots) == 1 else torch.cat(slots, -1)
-        embedded = self.tables[_key(sharing[0].table)](rows).split([s.shape[-1] for s in slots], -2)
-        found: dict[str, Tensor] = {}
-        for field, slot, vectors in zip(sharing, slots, embedded, strict=True):
-            if field.form == "id":
-                found[field.name] = vectors.squeeze(-2)
-            else:  # the padding row is zero, so the sum needs no mask
-                total = vectors.sum(-2)
-                count = 1 if field.pool == "sum" else (slot != PADDING).sum(-1, keepdim=True).clamp(min=1)
-                found[field.name] = total / count
-        return found
-
-    def _dense(self, x: Tensor, field: Field) -> Tensor:
+    def _of_numbers(self, x: Tensor, fields: Sequence[Field]) -> Tensor:
+        """Numbers [..., m] as they are, or x v + c of each [..., m k]."""
         if self.dense_vectors is None:
-            return x.unsqueeze(-1)
-        slope, offset = self.dense_vectors[:, self._dense_row[field.name]]
-        return torch.addcmul(offset, x.unsqueeze(-1), slope)
+            return x
+        slopes_MK, offsets_MK = self.dense_vectors[:, [self._dense_row[f.name] for f in fields]]
+        return torch.addcmul(offsets_MK, x.unsqueeze(-1), slopes_MK).flatten(-2)
 
     # ---- the usual groupings
     def request_matrix(self, batch: Batch, *, history: bool) -> Tensor:
         """User and context fields [Q, d_u], with the mean of the history's columns behind them if `history`."""
         own_QD = self.matrix(batch.user, self.request_fields, (batch.num_requests,))
-        return torch.cat([own_QD, self.mean_history(batch)], -1) if history else own_QD
+        if not history or not (self.history_fields or self.event_fields):
+            return own_QD
+        return torch.cat([own_QD, self.mean_history(batch)], -1)
 
     def request_width(self, *, history: bool) -> int:
         """Width of `request_matrix`."""
@@ -153,23 +155,6 @@ class FieldInputs(nn.Module):
         widths = [self.width([f]) for f in self.candidate_fields]
         columns = dict(zip((f.name for f in self.candidate_fields), candidates_QCD.split(widths, -1), strict=True))
         return torch.cat([columns[f.name] for f in self.history_fields], -1)
-
-
-def _tables(fields: Sequence[Field], options: InputOptions) -> nn.ModuleDict:
-    tables = nn.ModuleDict()
-    for field in fields:
-        if field.form in ("id", "ids") and _key(field.table) not in tables:
-            tables[_key(field.table)] = embedding_table(field.num_rows, options.dim, std=options.embedding_std)
-    return tables
-
-
-def embedding_table(num_rows: int, dim: int, *, std: float) -> nn.Embedding:
-    """A table with sparse gradients, drawn from N(0, std); row 0 is zero and stays so."""
-    table = nn.Embedding(num_rows, dim, padding_idx=PADDING, sparse=True)
-    with torch.no_grad():
-        table.weight.normal_(0.0, std) if std else table.weight.zero_()
-        table.weight[PADDING].zero_()
-    return table
 
 
 def _key(name: str) -> str:

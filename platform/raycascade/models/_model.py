@@ -13,7 +13,12 @@ class TorchModel(nn.Module, ABC):
     """Scores candidates in two halves, so that whatever depends on the request alone is computed once a request.
 
     A subclass lists its per-value scalars (first-order weights) in `first_order`; they train as the group "linear".
+    `default_l2_touched`: what a stage's `l2_touched` is where the config says nothing. `linear_rate`: learning rate of
+    the group "linear" in multiples of the stage's; None: like the other tables and dense parameters.
     """
+
+    default_l2_touched: float = 0.0
+    linear_rate: float | None = None
 
     def first_order(self) -> tuple[nn.Module, ...]:
         """Modules that hold one weight per value or dense feature; most models have none."""
@@ -61,3 +66,13 @@ class TorchModel(nn.Module, ABC):
         embedding = [p for p in tables if id(p) not in seen]
         seen |= {id(p) for p in embedding}
         return {"linear": linear, "embedding": embedding, "dense": [p for p in self.parameters() if id(p) not in seen]}
+
+
+class RepresentingModel(TorchModel):
+    """A model whose logits are a linear map of one vector per candidate, its representation.
+
+    Built with `num_tasks` 0 it has no such map, and gives the vectors [Q, C, representation_width] where it would give
+    logits: what a multi-task model reads as its `tower`.
+    """
+
+    representation_width: int

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from raycascade.batch import Batch
 from raycascade.models._first_order import FirstOrder
 from raycascade.models._layers import linear
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
+from raycascade.models._no_first_order import NoFirstOrder
 from raycascade.models._pairs import FieldPairs
 from raycascade.models._stacks import FieldStacks, StackOptions
 from raycascade.schema import FeatureSpace
@@ -27,7 +28,7 @@ class AfmState:
     linear_QT: Tensor
 
 
-class Afm(TorchModel):
+class Afm(RepresentingModel):
     """z = w_0 + sum w + p . sum_ij a_ij (e_i * e_j), a = softmax over all pairs of h . ReLU(W (e_i * e_j) + b).
 
     A column of the history is one field, its mean. ConfigError with fewer than two fields.
@@ -44,12 +45,13 @@ class Afm(TorchModel):
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.inputs = FieldStacks(config, space, model="afm", least=2)
-        self.linear = FirstOrder(space, num_tasks)
+        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
         self.pairs = FieldPairs(self.inputs.num_request, self.inputs.num_candidate)
-        inner = linear(config.dim, config.attention_dim, activation="relu")
+        inner = linear(config.dim, config.attention_dim)
         self.attention = nn.Sequential(inner, nn.ReLU(), linear(config.attention_dim, 1, bias=False))
         self.dropout = nn.Dropout(config.dropout)
-        self.out = linear(config.dim, num_tasks, bias=False)
+        self.out = linear(config.dim, num_tasks, bias=False) if num_tasks else nn.Identity()
+        self.representation_width = config.dim
         self.l2_attention = config.l2_attention
 
     def first_order(self) -> tuple[nn.Module, ...]:
@@ -59,7 +61,7 @@ class Afm(TorchModel):
     def silence(self) -> None:
         """Logits start at w_0, 0."""
         self.linear.silence()
-        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.get_parameter("weight"))
 
     def encode_request(self, batch: Batch) -> AfmState:
         """The request's pairs and their logits."""

@@ -8,8 +8,8 @@ from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
-from raycascade.models._layers import ActivationName, NormName, SplitMLP, initialise, linear
-from raycascade.models._model import TorchModel
+from raycascade.models._layers import ActivationName, NormName, SplitMLP, linear
+from raycascade.models._model import RepresentingModel
 from raycascade.models._stacks import FieldStacks, StackOptions
 from raycascade.schema import FeatureSpace
 
@@ -33,10 +33,7 @@ class FieldAttention(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.maps = nn.Linear(width, 4 * heads * head_dim, bias=False)
-        with torch.no_grad():
-            for part in self.maps.weight.chunk(4):
-                initialise(part)
+        self.maps = linear(width, 4 * heads * head_dim, bias=False)
 
     def forward(self, mapped: Tensor) -> Tensor:
         """The next vectors of the fields [..., m, D] from their `maps` [..., m, 4 D]."""
@@ -57,7 +54,7 @@ class FieldAttention(nn.Module):
         return x.reshape(-1, x.shape[-2], self.heads, x.shape[-1] // self.heads).transpose(-2, -3)
 
 
-class AutoInt(TorchModel):
+class AutoInt(RepresentingModel):
     """z = w . [e'_1; ...; e'_m] + b after `num_layers` of attention; a non-empty `hidden` adds MLP([e_1; ...; e_m]) and
     makes it AutoInt+. There is no first-order term."""
 
@@ -79,7 +76,8 @@ class AutoInt(TorchModel):
         self.attention = nn.ModuleList(
             FieldAttention(config.dim if n == 0 else wide, config.heads, config.head_dim)
             for n in range(config.num_layers))
-        self.out = linear(self.inputs.num_fields * wide, num_tasks)
+        self.out = linear(self.inputs.num_fields * wide, num_tasks) if num_tasks else None
+        self.representation_width = self.inputs.num_fields * wide + (0, *config.hidden)[-1]
         self.mlp = SplitMLP(
             self.inputs.num_request * config.dim, self.inputs.num_candidate * config.dim, config.hidden, num_tasks,
             activation=config.activation, norm=config.norm, dropout=config.dropout, out_bias=False,
@@ -87,6 +85,7 @@ class AutoInt(TorchModel):
 
     def silence(self) -> None:
         """Logits start at the bias, 0."""
+        assert self.out is not None
         nn.init.zeros_(self.out.weight)
         if self.mlp is not None:
             self.mlp.silence()
@@ -100,11 +99,12 @@ class AutoInt(TorchModel):
     def score_candidates(self, state: AutoIntState, batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
         fields_QCFK = self.inputs.of_candidates(batch)
-        last_QCFD = self._layers[-1](self._mapped(state, fields_QCFK)[-1])
-        logits_QCT = self.out(last_QCFD.flatten(-2))
+        last_QCD = self._layers[-1](self._mapped(state, fields_QCFK)[-1]).flatten(-2)
+        own = last_QCD if self.out is None else self.out(last_QCD)
         if self.mlp is None or state.request_QH is None:
-            return logits_QCT
-        return logits_QCT + self.mlp(state.request_QH, fields_QCFK.flatten(-2), batch.mask_QC)
+            return own
+        deep = self.mlp(state.request_QH, fields_QCFK.flatten(-2), batch.mask_QC)
+        return torch.cat([own, deep], -1) if self.out is None else own + deep
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """`attention_0`, `attention_1`, ... [Q, C, heads, m, m]: the weights of every layer."""

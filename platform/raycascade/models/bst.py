@@ -11,7 +11,7 @@ from raycascade.batch import Batch
 from raycascade.errors import ConfigError
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import ActivationName, NormName, SplitMLP, linear, masked_softmax
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
 FEED_FORWARD = 2  # hidden width of a block's second half, in widths of its rows
@@ -70,7 +70,7 @@ class Block(nn.Module):
         return self.fed(attended + self.dropout(fed))
 
 
-class Bst(TorchModel):
+class Bst(RepresentingModel):
     """z = MLP([request; last block's row of the target; candidate]) over rows of the events and of the target.
 
     A row is [item fields; event fields; position], concatenated; in the target's the last two are learned, a bucket of
@@ -115,6 +115,7 @@ class Bst(TorchModel):
         self.mlp = SplitMLP(self.inputs.request_width(history=False), width + self.inputs.candidate_width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
                             dropout=config.dropout)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def silence(self) -> None:
         """Logits start at the bias of the MLP's last layer, 0."""

@@ -8,11 +8,11 @@ from raycascade.batch import Batch
 from raycascade.models._deep import DeepOptions, DeepPart
 from raycascade.models._inputs import FieldInputs
 from raycascade.models._layers import SplitLinear
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
 
-class Dcn(TorchModel):
+class Dcn(RepresentingModel):
     """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l;  z = w^T [x_n; MLP(x_0)] + b.
 
     Every x_l is a_l x_0 + B_l with a scalar a_l and a vector B_l that is the same for all candidates: a_0 = 1, B_0 = 0,
@@ -33,7 +33,8 @@ class Dcn(TorchModel):
         self.products = SplitLinear(*widths, config.num_layers + num_tasks, bias=False)  # rows w_0 .. w_{n-1}, then w
         self.offsets = nn.Parameter(torch.zeros(config.num_layers, sum(widths)))  # b_l
         self.deep = DeepPart(config, *widths, num_tasks)
-        self.bias = nn.Parameter(torch.zeros(num_tasks))
+        self.bias = nn.Parameter(torch.zeros(num_tasks)) if num_tasks else None
+        self.representation_width = sum(widths) + (0, *config.hidden)[-1]
 
     def silence(self) -> None:
         """Zeroes w: logits start at the bias, 0."""
@@ -43,19 +44,25 @@ class Dcn(TorchModel):
                     side.weight[self.num_layers:] = 0.0
         self.deep.silence()
 
-    def encode_request(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The request's share of the products [Q, n + T] and of the MLP's first layer [Q, H]."""
+    def encode_request(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The request's part of x_0 [Q, d_u], its shares of the products [Q, n + T] and of the MLP's first layer
+        [Q, H]."""
         x_QD = self.inputs.request_matrix(batch, history=True)
-        return self.products.of_request(x_QD), self.deep.of_request(x_QD)
+        return x_QD, self.products.of_request(x_QD), self.deep.of_request(x_QD)
 
-    def score_candidates(self, state: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    def score_candidates(self, state: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
-        products_QP, request_QH = state
+        request_QD, products_QP, request_QH = state
         x_QCD = self.inputs.candidate_matrix(batch)
-        return self._crossed(self.products(products_QP, x_QCD)) + self.deep(request_QH, x_QCD, batch.mask_QC)
+        scale_QC1, outer_QCT, shift_T = self._crossed(self.products(products_QP, x_QCD))
+        deep = self.deep(request_QH, x_QCD, batch.mask_QC)
+        if self.bias is None:
+            x0_QCD = torch.cat([request_QD[:, None].expand(-1, x_QCD.shape[1], -1), x_QCD], -1)
+            return torch.cat([scale_QC1 * x0_QCD + self.offsets.sum(0), deep], -1)
+        return scale_QC1 * outer_QCT + (shift_T + self.bias) + deep
 
-    def _crossed(self, products_QCP: Tensor) -> Tensor:
-        """w^T x_n + b [Q, C, T] from the products of x_0 with w_0 .. w_{n-1} and w."""
+    def _crossed(self, products_QCP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a_n [Q, C, 1], w^T x_0 [Q, C, T] and w^T B_n [T] from the products of x_0 with w_0 .. w_{n-1} and w."""
         inner_QCL, outer_QCT = products_QCP[..., :self.num_layers], products_QCP[..., self.num_layers:]
         sides = [side.weight for side in (self.products.request, self.products.candidate) if side is not None]
         weights_PD = torch.cat(sides, 1)
@@ -64,4 +71,4 @@ class Dcn(TorchModel):
         for layer in range(1, self.num_layers):
             shift = shifts_LD[layer - 1] @ weights_PD[layer]
             scale_QC = scale_QC * (1.0 + inner_QCL[..., layer]) + shift
-        return scale_QC.unsqueeze(-1) * outer_QCT + (weights_PD[self.num_layers:] @ shifts_LD[-1] + self.bias)
+        return scale_QC.unsqueeze(-1), outer_QCT, weights_PD[self.num_layers:] @ shifts_LD[-1]

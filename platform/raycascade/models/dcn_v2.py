@@ -11,7 +11,7 @@ from raycascade.errors import ConfigError
 from raycascade.models._deep import DeepOptions, DeepPart
 from raycascade.models._inputs import FieldInputs
 from raycascade.models._layers import MLP, SplitLinear, initialise, linear
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
 
@@ -77,7 +77,7 @@ class LowRankCross(nn.Module):
         return torch.addcmul(before_QCD, x0_QCD, self.up(inner_QCER.flatten(-2)))
 
 
-class DcnV2(TorchModel):
+class DcnV2(RepresentingModel):
     """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, or a mixture of low-rank experts in place of W_l.
 
     parallel: z = w^T [x_n; MLP(x_0)] + b; stacked: z = w^T MLP(x_n) + b. Only the first layer reads x_0 alone and is
@@ -100,14 +100,14 @@ class DcnV2(TorchModel):
         self.inputs = FieldInputs(config, space, model="dcn_v2")
         widths = self.inputs.request_width(history=True), self.inputs.candidate_width
         self.crosses = nn.ModuleList(self._cross(config, widths, first=n == 0) for n in range(config.num_layers))
-        self.bias = nn.Parameter(torch.zeros(num_tasks))
+        self.bias = nn.Parameter(torch.zeros(num_tasks)) if num_tasks else None
         self.deep: DeepPart | None = None
+        above, self.representation_width = config.hidden, (sum(widths), *config.hidden)[-1]
         if config.structure == "parallel":
             self.deep = DeepPart(config, *widths, num_tasks)
-            self.out = MLP(sum(widths), (), num_tasks, out_bias=False)
-        else:
-            self.out = MLP(sum(widths), config.hidden, num_tasks, activation=config.activation, norm=config.norm,
-                           dropout=config.dropout, out_bias=False)
+            above, self.representation_width = (), sum(widths) + (0, *config.hidden)[-1]
+        self.out = MLP(sum(widths), above, num_tasks, activation=config.activation, norm=config.norm,
+                       dropout=config.dropout, out_bias=False) if above or num_tasks else None
 
     @staticmethod
     def _cross(config: Config, widths: tuple[int, int], *, first: bool) -> FullCross | LowRankCross:
@@ -117,6 +117,7 @@ class DcnV2(TorchModel):
 
     def silence(self) -> None:
         """Logits start at the bias, 0."""
+        assert self.out is not None
         self.out.silence()
         if self.deep is not None:
             self.deep.silence()
@@ -132,8 +133,9 @@ class DcnV2(TorchModel):
         request_QD, share, deep_QH = state
         candidate_QCD = self.inputs.candidate_matrix(batch)
         x_QCD = self._layers(request_QD, share, candidate_QCD)[-1]
-        logits_QCT = self.out(x_QCD, batch.mask_QC) + self.bias
-        return logits_QCT if self.deep is None else logits_QCT + self.deep(deep_QH, candidate_QCD, batch.mask_QC)
+        own = x_QCD if self.out is None else self.out(x_QCD, batch.mask_QC)
+        parts = [own] if self.deep is None else [own, self.deep(deep_QH, candidate_QCD, batch.mask_QC)]
+        return torch.cat(parts, -1) if self.bias is None else sum(parts, self.bias)
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """`gates` [layers, Q, C, E] of a mixture."""

@@ -9,7 +9,8 @@ from raycascade.batch import Batch
 from raycascade.models._field_aware import FieldAwarePairs, ProductName
 from raycascade.models._first_order import FirstOrder
 from raycascade.models._layers import ActivationName, NormName, SplitMLP
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
+from raycascade.models._no_first_order import NoFirstOrder
 from raycascade.models._stacks import StackOptions
 from raycascade.schema import FeatureSpace
 
@@ -24,7 +25,7 @@ class DeepFfmState:
     linear_QT: Tensor
 
 
-class DeepFfm(TorchModel):
+class DeepFfm(RepresentingModel):
     """z = w_0 + sum w + MLP(h), h = V[i, j] * V[j, i] for all pairs of fields i < j, or their inner products.
 
     A field has a vector for each of the m - 1 others: an embedding costs (m - 1) k numbers. A column of the history is
@@ -44,10 +45,11 @@ class DeepFfm(TorchModel):
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.pairs = FieldAwarePairs(config, space, model="deepffm", product=config.product)
-        self.linear = FirstOrder(space, num_tasks)
+        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
         self.mlp = SplitMLP(self.pairs.num_uu * self.pairs.width, self.pairs.num_rest * self.pairs.width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
                             dropout=config.dropout, out_bias=False)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def first_order(self) -> tuple[nn.Module, ...]:
         """w_0 and the weights of values."""

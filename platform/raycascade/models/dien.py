@@ -20,7 +20,7 @@ from raycascade.models._layers import (
     linear,
     masked_softmax,
 )
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.models.din import DinState, InterestAttention
 from raycascade.schema import FeatureSpace
 
@@ -53,9 +53,8 @@ class Extractor(nn.Module):
         self.gru = nn.GRU(width + 1, out, bias=False, batch_first=True)
         with torch.no_grad():
             for weight in self.gru.parameters():
-                for gate in weight.split(out):
-                    initialise(gate)
-            self.gru.weight_ih_l0[:, -1] = 0.0
+                initialise(weight)
+            self.gru.get_parameter("weight_ih_l0")[:, -1] = 0.0
 
     def forward(self, x_QLD: Tensor) -> Tensor:
         """h after every event [Q, L, out]; events must be left-aligned, so that what follows is padding."""
@@ -75,10 +74,7 @@ class Evolution(nn.Module):
         super().__init__()
         self.input = linear(width, 3 * width)
         self.recurrent = nn.Parameter(torch.empty(3 * width, width))
-        with torch.no_grad():
-            for weight in (self.input.weight, self.recurrent):
-                for gate in weight.split(width):
-                    initialise(gate)
+        initialise(self.recurrent)
 
     def of_interests(self, interests_QLN: Tensor) -> Tensor:
         """W h_t + b of all gates [Q, L, 3 n]."""
@@ -97,7 +93,7 @@ class Evolution(nn.Module):
         return state
 
 
-class Dien(TorchModel):
+class Dien(RepresentingModel):
     """z = MLP([request; candidate; s_L]): interests by a GRU over the events, evolved towards each candidate.
 
     a_t = masked softmax over t of h_t^T W v; e_j and v are the same item fields of an event and of the candidate, and
@@ -142,6 +138,7 @@ class Dien(TorchModel):
         self.mlp = SplitMLP(self.inputs.request_width(history=False) + extra,
                             self.inputs.candidate_width + width + extra, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout)
+        self.representation_width = (0, *config.hidden)[-1]
 
     @property
     def training_needs(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from raycascade.batch import Batch
 from raycascade.errors import ConfigError
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import ActivationName, NormName, SplitMLP, UpperLayers, linear, masked_softmax
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
 CACHE_FLOATS = 1 << 20  # one block of attention activations, sized to stay in a processor's cache
@@ -42,7 +42,7 @@ class InterestAttention(nn.Module):
         self.widths = [width] * 4 + [event_width]
         self.normalise = normalise
         self.whole_batch = activation == "dice"  # its statistics need every pair at once
-        self.first = linear(sum(self.widths), hidden[0], activation=activation)
+        self.first = linear(sum(self.widths), hidden[0])
         self.upper = UpperLayers(hidden, 1, activation=activation, out_bias=normalise == "none")
 
     def of_events(self, events_QLD: Tensor, extra_QLG: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class InterestAttention(nn.Module):
         return self.upper(pairs_QCLA, mask_QC[:, :, None] & mask_QL[:, None]).squeeze(-1)
 
 
-class Din(TorchModel):
+class Din(RepresentingModel):
     """z = MLP([request; pooled; candidate]), pooled = sum_j a_j e_j over the history.
 
     e_j and v are the same item fields of an event and of the candidate; what only events have (action, age) enters the
@@ -110,6 +110,7 @@ class Din(TorchModel):
         self.mlp = SplitMLP(self.inputs.request_width(history=False), pooled + self.inputs.candidate_width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
                             dropout=config.dropout)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def silence(self) -> None:
         """Logits start at the bias of the MLP's last layer, 0."""

@@ -11,7 +11,7 @@ from raycascade.batch import Batch
 from raycascade.errors import ConfigError
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import ActivationName, NormName, SplitMLP, masked_mean
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace, Field
 
 
@@ -55,7 +55,7 @@ class RowDots(nn.Module):
         return torch.cat([mixed_QCNM, own_QCNN], -1).flatten(-2).index_select(-1, self.in_candidate)
 
 
-class Dlrm(TorchModel):
+class Dlrm(RepresentingModel):
     """z = MLP_top([b; dots]): the products of all pairs of rows [b; e_1; ...; e_m], b = MLP_bottom(numbers) in R^k.
 
     b stands first on the request's side, or on the candidate's if candidates have numbers; without numbers there is no
@@ -99,6 +99,7 @@ class Dlrm(TorchModel):
             config.dim * of_request + len(self.dots.in_request),
             config.dim * of_candidate + len(self.dots.in_candidate), config.hidden, num_tasks,
             activation=config.activation, norm=config.norm, dropout=config.dropout)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def silence(self) -> None:
         """Logits start at the bias of the top MLP's last layer, 0."""

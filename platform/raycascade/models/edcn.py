@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raycascade.batch import Batch
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import SplitLinear, linear
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
 BridgeName = Literal["hadamard", "add", "concat", "attention"]
@@ -32,9 +32,9 @@ class Bridge(nn.Module):
     def __init__(self, name: BridgeName, width: int) -> None:
         super().__init__()
         self.name = name
-        self.joint = linear(2 * width, width, activation="relu") if name == "concat" else None
+        self.joint = linear(2 * width, width) if name == "concat" else None
         self.attention = nn.ModuleList(
-            nn.Sequential(linear(width, width, activation="relu"), nn.ReLU(), linear(width, width, bias=False),
+            nn.Sequential(linear(width, width), nn.ReLU(), linear(width, width, bias=False),
                           nn.Softmax(-1)) for _ in range(2 if name == "attention" else 0))
 
     def forward(self, cross: Tensor, deep: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Bridge(nn.Module):
         return of_cross(cross) * cross + of_deep(deep) * deep
 
 
-class Edcn(TorchModel):
+class Edcn(RepresentingModel):
     """A cross and a deep stream, joined by a bridge and gated again at every level l; z = w^T [c; d; b] + b_0.
 
     x_c = g_c * b_{l-1}, x_d = g_d * b_{l-1} with b_{-1} the fields and g = softmax(theta / tau) over the fields;
@@ -58,14 +58,15 @@ class Edcn(TorchModel):
     """
 
     class Config(InputOptions):
-        """`gate_scale: fields` multiplies the gates by the number of fields, so that equal gates change nothing: worth
-        trying with many fields. The authors' size: 3 layers."""
+        """`gate_scale: fields` multiplies the gates by the number of fields m, so that equal gates change nothing; with
+        `none`, the authors' form, each level shrinks its input m times and a wide schema is hardly learned. The
+        authors' size: 3 layers."""
 
         dense: Literal["field"] = "field"  # pyright: ignore[reportIncompatibleVariableOverride]
         num_layers: int = Option(default=2, ge=1)
         temperature: float = Option(default=1.0, gt=0)
         bridge: BridgeName = "hadamard"
-        gate_scale: Literal["none", "fields"] = "none"
+        gate_scale: Literal["none", "fields"] = "fields"
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
@@ -79,14 +80,15 @@ class Edcn(TorchModel):
         self.cross_first = SplitLinear(*widths, 1, bias=False)
         self.cross = nn.ModuleList(linear(width, 1, bias=False) for _ in range(1, self.num_layers))
         self.beta = nn.Parameter(torch.zeros(self.num_layers, width))
-        self.deep_first = SplitLinear(*widths, width, activation="relu")
-        self.deep = nn.ModuleList(linear(width, width, activation="relu") for _ in range(1, self.num_layers))
+        self.deep_first = SplitLinear(*widths, width)
+        self.deep = nn.ModuleList(linear(width, width) for _ in range(1, self.num_layers))
         self.bridges = nn.ModuleList(Bridge(config.bridge, width) for _ in range(self.num_layers))
-        self.out = linear(3 * width, num_tasks)
+        self.representation_width = 3 * width
+        self.out = linear(3 * width, num_tasks) if num_tasks else nn.Identity()
 
     def silence(self) -> None:
         """Logits start at the bias of the output, 0."""
-        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.get_parameter("weight"))
 
     def gates(self) -> Tensor:
         """g_c and g_d of every level [2, levels, F]; they sum to 1, or to F with `gate_scale: fields`."""

@@ -11,7 +11,8 @@ from raycascade.models._excitation import Excitation
 from raycascade.models._field_aware import FieldAwarePairs, ProductName
 from raycascade.models._first_order import FirstOrder
 from raycascade.models._layers import ActivationName, NormName, SplitMLP, initialise
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
+from raycascade.models._no_first_order import NoFirstOrder
 from raycascade.models._pairs import split_with_rescaled
 from raycascade.models._stacks import StackOptions
 from raycascade.schema import FeatureSpace
@@ -28,7 +29,7 @@ class FatDeepFfmState:
     linear_QT: Tensor
 
 
-class FatDeepFfm(TorchModel):
+class FatDeepFfm(RepresentingModel):
     """`deepffm` on gated vectors V'[i, j] = S_ij V[i, j]: the attention comes before the interaction.
 
     D_ij = ReLU(u_ij . V[i, j]) with a filter u_ij for each of the n = m (m - 1) vectors, S = ReLU(W2 ReLU(W1 D)),
@@ -49,13 +50,14 @@ class FatDeepFfm(TorchModel):
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.pairs = FieldAwarePairs(config, space, model="fat_deepffm", product=config.product)
-        self.linear = FirstOrder(space, num_tasks)
+        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
         self.filters = nn.Parameter(torch.empty(sum(self.pairs.num_cells), config.dim))
         with torch.no_grad():
-            initialise(self.filters[:, None], activation="relu")  # each reads the k numbers of one vector
+            initialise(self.filters[:, None])  # each reads the k numbers of one vector
         self.gates = Excitation(*self.pairs.num_cells, reduction=config.reduction, never_negative=True)
         self.mlp = SplitMLP(0, (self.pairs.num_uu + self.pairs.num_rest) * self.pairs.width, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout, out_bias=False)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def first_order(self) -> tuple[nn.Module, ...]:
         """w_0 and the weights of values."""

@@ -11,7 +11,8 @@ from raycascade.batch import Batch
 from raycascade.models._excitation import Excitation
 from raycascade.models._first_order import FirstOrder
 from raycascade.models._layers import ActivationName, NormName, SplitMLP, initialise
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
+from raycascade.models._no_first_order import NoFirstOrder
 from raycascade.models._pairs import FieldPairs, split_with_rescaled
 from raycascade.models._stacks import FieldStacks, StackOptions
 from raycascade.schema import FeatureSpace
@@ -84,7 +85,7 @@ def _mapped(vectors: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("...fk,flk->...fl", vectors, weight)
 
 
-class Fibinet(TorchModel):
+class Fibinet(RepresentingModel):
     """z = w_0 + sum w + MLP([p; q]): bilinear products of pairs of the fields (p), and of the gated fields (q).
 
     A = f(W2 ReLU(W1 Z)), Z_f the mean of e_f, gates field f: v_f = A_f e_f. p_ij = (W e_i) * e_j and
@@ -106,7 +107,7 @@ class Fibinet(TorchModel):
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.inputs = FieldStacks(config, space, model="fibinet", least=2)
-        self.linear = FirstOrder(space, num_tasks)
+        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
         self.pairs = FieldPairs(self.inputs.num_request, self.inputs.num_candidate)
         self.plain = BilinearPairs(self.pairs, config.dim, config.bilinear)
         self.gated = BilinearPairs(self.pairs, config.dim, config.bilinear)
@@ -115,6 +116,7 @@ class Fibinet(TorchModel):
         of_request = self.pairs.num_uu * config.dim
         self.mlp = SplitMLP(of_request, 2 * self.pairs.num_pairs * config.dim - of_request, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout, out_bias=False)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def first_order(self) -> tuple[nn.Module, ...]:
         """w_0 and the weights of values."""

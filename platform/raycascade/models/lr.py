@@ -1,5 +1,6 @@
 """lr: logistic regression, a weight per value (Richardson et al. 2007)."""
 
+from pydantic import Field as Option
 from torch import Tensor
 
 from raycascade.batch import Batch
@@ -17,14 +18,20 @@ class Lr(TorchModel):
     candidate field.
     """
 
+    default_l2_touched = 1e-6
+
     class Config(PluginConfig):
-        """There is nothing to choose."""
+        """`linear_rate`: its learning rate in multiples of the stage's, because single weights have further to go than
+        entries of vectors."""
+
+        linear_rate: float = Option(default=10.0, gt=0)
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         if not space.of("item", "pair"):
             raise ConfigError("lr: no feature of the candidates is left; exclude fewer features from the stage")
         self.linear = FirstOrder(space, num_tasks)
+        self.linear_rate = config.linear_rate
 
     def first_order(self) -> tuple[FirstOrder]:
         """All of it."""

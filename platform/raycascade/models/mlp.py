@@ -8,11 +8,11 @@ from raycascade.batch import Batch
 from raycascade.models._history import GroupedHistory
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import ActivationName, NormName, SplitMLP
-from raycascade.models._model import TorchModel
+from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
 
-class Mlp(TorchModel):
+class Mlp(RepresentingModel):
     """z = MLP([x_u; x_c]); the history enters x_u as the mean of each of its columns."""
 
     class Config(InputOptions):
@@ -37,6 +37,7 @@ class Mlp(TorchModel):
         self.mlp = SplitMLP(self.inputs.request_width(history=self.pools is None) + pooled,
                             self.inputs.candidate_width + pooled, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout)
+        self.representation_width = (0, *config.hidden)[-1]
 
     def silence(self) -> None:
         """Logits start at the bias of the MLP's last layer, 0."""

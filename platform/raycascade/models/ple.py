@@ -7,9 +7,7 @@ from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
-from raycascade.models._experts import ExpertOptions, Experts, Gate, Towers
-from raycascade.models._inputs import FieldInputs
-from raycascade.models._model import TorchModel
+from raycascade.models._experts import ExpertOptions, Experts, Gate, MultiTaskModel
 from raycascade.schema import FeatureSpace
 
 
@@ -57,9 +55,9 @@ class Level(nn.Module):
                 for weights, experts in zip(self.weights(state, inputs), seen, strict=False)]
 
 
-class Ple(TorchModel):
+class Ple(MultiTaskModel):
     """Levels of experts that read the level before, z_t = MLP_t(last output of task t) (equations 5 to 8); the first
-    level reads [x_u; x_c], where the history enters x_u as the mean of each of its columns."""
+    level reads [x_u; x_c], or the representation of a tower."""
 
     class Config(ExpertOptions):
         """`own_experts` of each task and `shared_experts` of a level; `levels`: 2 in the paper's largest test."""
@@ -69,37 +67,32 @@ class Ple(TorchModel):
         shared_experts: int = Option(default=1, ge=1)
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
-        super().__init__()
-        self.inputs, self.num_tasks = FieldInputs(config, space, model="ple"), num_tasks
-        widths = [(self.inputs.request_width(history=True), self.inputs.candidate_width)]
-        widths += [(0, config.hidden[-1])] * (config.levels - 1)
+        super().__init__(config, space, num_tasks=num_tasks, model="ple")
+        widths = [self.trunk.widths] + [(0, config.hidden[-1])] * (config.levels - 1)
         self.levels = nn.ModuleList(
             Level(config, *pair, num_tasks, last=n == config.levels) for n, pair in enumerate(widths, 1))
-        self.towers = Towers(config, num_tasks)
+        self.num_tasks = num_tasks
 
-    def silence(self) -> None:
-        """Logits start at the biases of the towers' last layers, 0."""
-        self.towers.silence()
-
-    def encode_request(self, batch: Batch) -> list[LevelState]:
+    def of_request(self, x_QD: Tensor) -> list[LevelState]:
         """What the request alone decides, by level; of levels after the first only the biases."""
-        x_QD = self.inputs.request_matrix(batch, history=True)
         return [level.of_request(x_QD if n == 0 else x_QD[:, :0])  # type: ignore[operator]
                 for n, level in enumerate(self.levels)]
 
-    def score_candidates(self, state: list[LevelState], batch: Batch) -> Tensor:
-        """Logits [Q, C, T]."""
-        mixtures = [self.inputs.candidate_matrix(batch)] * (self.num_tasks + 1)
-        for level, level_state in zip(self.levels, state, strict=True):
-            mixtures = level(level_state, mixtures, batch.mask_QC)
-        return self.towers(mixtures, batch.mask_QC)
+    def mixed(self, shares: list[LevelState], x_QCD: Tensor, mask_QC: Tensor) -> list[Tensor]:
+        """The last level's output [Q, C, H] for every task."""
+        mixtures = [x_QCD] * (self.num_tasks + 1)
+        for level, share in zip(self.levels, shares, strict=True):
+            mixtures = level(share, mixtures, mask_QC)
+        return mixtures
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
-        """Shares of the experts: `task_gates.<level>` [Q, C, T, E], `shared_gate.<level>` [Q, C, 1, E] but the last."""
-        mixtures, found = [self.inputs.candidate_matrix(batch)] * (self.num_tasks + 1), {}
-        for n, (level, state) in enumerate(zip(self.levels, self.encode_request(batch), strict=True), 1):
-            weights = level.weights(state, mixtures)  # type: ignore[operator]
+        """Shares of the experts: `task_gates.<level>` [Q, C, T, E], `shared_gate.<level>` [Q, C, 1, E] but the last;
+        and what the tower explains."""
+        state, found = self.encode_request(batch), {}
+        mixtures = [self.trunk.of_candidates(state.trunk, batch)] * (self.num_tasks + 1)
+        for n, (level, share) in enumerate(zip(self.levels, state.shares, strict=True), 1):
+            weights = level.weights(share, mixtures)  # type: ignore[operator]
             found[f"task_gates.{n}"] = torch.cat(weights[:self.num_tasks], 2)
             found |= {f"shared_gate.{n}": shared for shared in weights[self.num_tasks:]}
-            mixtures = level(state, mixtures, batch.mask_QC)
-        return found
+            mixtures = level(share, mixtures, batch.mask_QC)
+        return found | self.trunk.explain(batch)

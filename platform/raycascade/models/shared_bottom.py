@@ -3,33 +3,28 @@
 from torch import Tensor
 
 from raycascade.batch import Batch
-from raycascade.models._experts import ExpertOptions, Experts, Towers
-from raycascade.models._inputs import FieldInputs
-from raycascade.models._model import TorchModel
+from raycascade.models._experts import ExpertOptions, Experts, MultiTaskModel
 from raycascade.schema import FeatureSpace
 
 
-class SharedBottom(TorchModel):
-    """y = MLP([x_u; x_c]), z_t = MLP_t(y); the history enters x_u as the mean of each of its columns."""
+class SharedBottom(MultiTaskModel):
+    """y = MLP(x), z_t = MLP_t(y) with x = [x_u; x_c], or the representation of a tower."""
 
     class Config(ExpertOptions):
         """`hidden` are the layers of the bottom."""
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
-        super().__init__()
-        self.inputs = FieldInputs(config, space, model="shared_bottom")
-        self.bottom = Experts(config, self.inputs.request_width(history=True), self.inputs.candidate_width, 1)
-        self.towers = Towers(config, num_tasks)
+        super().__init__(config, space, num_tasks=num_tasks, model="shared_bottom")
+        self.bottom = Experts(config, *self.trunk.widths, 1)
 
-    def silence(self) -> None:
-        """Logits start at the biases of the towers' last layers, 0."""
-        self.towers.silence()
-
-    def encode_request(self, batch: Batch) -> Tensor:
+    def of_request(self, x_QD: Tensor) -> Tensor:
         """The request's share of the bottom's first layer [Q, H]."""
-        return self.bottom.of_request(self.inputs.request_matrix(batch, history=True))
+        return self.bottom.of_request(x_QD)
 
-    def score_candidates(self, state: Tensor, batch: Batch) -> Tensor:
-        """Logits [Q, C, T]."""
-        y_QCH = self.bottom(state, self.inputs.candidate_matrix(batch), batch.mask_QC).squeeze(-2)
-        return self.towers([y_QCH] * len(self.towers.of_task), batch.mask_QC)
+    def mixed(self, shares: Tensor, x_QCD: Tensor, mask_QC: Tensor) -> list[Tensor]:
+        """The same y [Q, C, H] for every task."""
+        return [self.bottom(shares, x_QCD, mask_QC).squeeze(-2)] * len(self.towers.of_task)
+
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """What the tower explains."""
+        return self.trunk.explain(batch)

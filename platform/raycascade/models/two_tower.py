@@ -12,9 +12,10 @@ from raycascade.batch import Batch
 from raycascade.errors import ConfigError, DataError
 from raycascade.models._history import GroupedHistory
 from raycascade.models._in_batch import hidden_among_positives, in_batch_softmax
-from raycascade.models._inputs import FieldInputs, InputOptions, embedding_table
+from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import MLP, ActivationName, NormName, masked_softmax
 from raycascade.models._model import TorchModel
+from raycascade.models._tables import JoinedTables
 from raycascade.schema import FeatureSpace, near_miss
 
 LARGEST_LOG_SCALE = math.log(100.0)
@@ -73,7 +74,7 @@ class TwoTower(TorchModel):
         default = 0.1 if config.similarity == "cosine" else 1.0
         self.log_scale = nn.Parameter(torch.full((num_tasks,), -math.log(config.temperature or default)))
         self.bias = nn.Parameter(torch.zeros(num_tasks))
-        self.item_bias = embedding_table(space["item_id"].num_rows, num_tasks, std=0.0) if config.item_bias else None
+        self.item_bias = JoinedTables((space["item_id"],), num_tasks, std=0.0) if config.item_bias else None
 
     def _tower(self, width: int, hidden: tuple[int, ...], out: int) -> MLP:
         config = self.config

@@ -24,6 +24,7 @@ from raycascade.bundle import Bundle
 from raycascade.errors import DataError
 from raycascade.features import FeatureState
 from raycascade.schema import (
+    FIRST_ROW,
     ClockFeature,
     DenseFeature,
     Feature,
@@ -170,6 +171,7 @@ def needed(schema_names: "list[str]", bundle: Bundle) -> list[str]:
     features = {f.name for f in bundle.state.schema.side("user", "context")}
     events = {f"history_{f.name}" for f in bundle.state.schema.side("event")}
     wanted = {"request_id", "user_id", "time_ms", "exclude", "history", "history_time_ms"} | features | events
+    wanted |= set() if bundle.cascade.searches else {"candidates"}
     return [name for name in schema_names if name in wanted]
 
 
@@ -181,7 +183,8 @@ def checked(requests: pa.Table, bundle: Bundle, *, where: str) -> pa.Table:
         row, count = int(np.argmax(requests["user_id"].is_null().to_numpy())), requests["user_id"].null_count
         raise DataError(f"{where}: user_id is null in row {row} ({count} such); drop these rows")
     casts = {"user_id": bundle.users.table["user_key"].type, "time_ms": pa.int64()}
-    lists = {name: pa.list_(bundle.items.keys.type) for name in ("history", "exclude")}
+    names = ("history", "exclude") if bundle.cascade.searches else ("history", "exclude", "candidates")
+    lists = {name: pa.list_(bundle.items.keys.type) for name in names}
     for name, kind in {**casts, **lists, "history_time_ms": pa.list_(pa.int64())}.items():
         if name in requests.column_names:
             position = requests.column_names.index(name)
@@ -190,7 +193,18 @@ def checked(requests: pa.Table, bundle: Bundle, *, where: str) -> pa.Table:
     if "time_ms" in requests.column_names:
         filled = pc.fill_null(requests["time_ms"], bundle.state.as_of_ms)
         requests = requests.set_column(requests.column_names.index("time_ms"), "time_ms", filled)
+    if "candidates" in lists and "candidates" in requests.column_names:
+        _refuse_unknown_items(requests["candidates"], bundle, where=where)
     return requests
+
+
+def _refuse_unknown_items(candidates: pa.ChunkedArray, bundle: Bundle, *, where: str) -> None:
+    """An item to rank that the catalogue does not have would be left out of the answer in silence."""
+    values = pc.list_flatten(candidates).combine_chunks()
+    unknown = np.flatnonzero(bundle.state.item_ids.lookup(values) < FIRST_ROW)
+    if len(unknown):
+        raise DataError(f"{where}: candidate {values[int(unknown[0])]} is not in the bundle's catalogue "
+                        f"({len(unknown)} such); leave it out, or prepare and train with it")
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType, *, where: str) -> pa.ChunkedArray:

@@ -18,8 +18,16 @@ from raycascade.ragged import Ragged
 from raycascade.shards import ShardReader, Shards
 from raycascade.training import checkpoint
 from raycascade.training.checkpoint import Best, Progress
-from raycascade.training.objective import Objective, finite, refuse_labels_of_one_class
+from raycascade.training.objective import Objective, finite
 from raycascade.training.optimisers import Optimisers
+from raycascade.training.penalties import TablePenalties
+from raycascade.training.refusals import (
+    free_bytes,
+    refuse_labels_that_teach_nothing,
+    refuse_lists_of_truth_alone,
+    refuse_tables_beyond_memory,
+    refuse_unknown_labels,
+)
 from raycascade.training.sampling import Catalogue, with_history_negatives, with_negatives
 
 CURVE_POINTS = 200  # points a curve keeps per epoch, at most
@@ -55,12 +63,15 @@ class Run:
         if config.train.early_stop and not shards.splits.get("valid"):
             raise ConfigError("train.early_stop: there is no validation split to judge by; set splits.valid_from and "
                               "prepare again, or leave early_stop out")
+        refuse_tables_beyond_memory(config, shards.state.space, free=free_bytes(place.device))
         torch.manual_seed(config.train.seed)
         cascade = Cascade(config, shards.state.space).to(place.device)
         objective = Objective(config, cascade).to(place.device)
-        refuse_labels_of_one_class(objective, shards.state.label_rates)
-        return cls(config, shards, cascade, objective, Optimisers(cascade, objective, config.train),
-                   Catalogue.of(shards.items), place)
+        refuse_unknown_labels(objective, shards.state.schema.labels)
+        refuse_labels_that_teach_nothing(objective, cascade, shards.state.label_counts)
+        refuse_lists_of_truth_alone(config, objective, shards)
+        optimisers = Optimisers(cascade, objective, config.train, penalties=TablePenalties.of(cascade))
+        return cls(config, shards, cascade, objective, optimisers, Catalogue.of(shards.items), place)
 
     def reader(self, split: str, *, shuffle: bool = True) -> ShardReader:
         """Batches of this worker's share of a split; the whole of it without shuffling."""
@@ -95,6 +106,8 @@ def train_epoch(run: Run, reader: ShardReader, progress: Progress, report: Repor
     """One pass over what `reader` reads, from the step where `progress` stands to the start of the next epoch."""
     train = run.config.train
     steps = reader.num_steps(progress.epoch)
+    if run.optimisers.penalties.waits_for_counts:
+        run.optimisers.penalties.count(dict(run.cascade.models.items()), _logged(run))
     started, before = time.monotonic(), progress.seconds
     for batch, rng in _prefetched(run, reader, progress.epoch, progress.step, rank=run.place.rank):
         scales = lr_scales(run.config, progress.total_steps, progress.epoch + progress.step / steps)
@@ -127,6 +140,12 @@ def lr_scales(config: Config, step: int, epochs_done: float) -> dict[str, float]
 
 def _saver(run: Run, progress: Progress) -> Save:
     return lambda folder: checkpoint.save(folder, run.cascade, run.objective, run.optimisers, progress, best=run.best)
+
+
+def _logged(run: Run) -> Iterator[Batch]:
+    """This worker's share of the training split as it was logged, once."""
+    for rows in run.reader("train").batches(0):
+        yield collate(rows, run.shards.items, keep=run.cascade.quotas, k=run.config.lists.k).to(run.place.device)
 
 
 def _prefetched(
@@ -176,7 +195,7 @@ def _train_step(
     run.optimisers.zero()
     on_gpu = run.place.device != "cpu"
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and run.config.train.bf16):
-        output = run.objective(run.cascade, batch, run.catalogue, rng, active=active)
+        output = run.objective(run.cascade, batch, run.catalogue, rng, active=active, epoch=progress.epoch)
     if not finite(output):
         parts = {name: float(value) for name, value in output.parts.items()}
         raise ConfigError(f"the loss is not finite at step {progress.total_steps} ({parts}); "

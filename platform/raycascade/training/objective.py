@@ -1,6 +1,5 @@
 """From a batch to one number: the joint loss of the cascade, plus the own losses of the stages that name one."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -66,11 +65,12 @@ class Objective(nn.Module):
 
     def forward(
         self, cascade: Cascade, batch: Batch, catalogue: Catalogue, rng: np.random.Generator, *,
-        active: tuple[str, ...] | None = None,
+        active: tuple[str, ...] | None = None, epoch: int = 0,
     ) -> LossOutput:
         """The total and its parts for one batch. Scores are float32 from here on, whatever autocast made of them.
 
-        Stages that are not `active` (default: all are) are left out, and losses that need them.
+        Stages that are not `active` (default: all are) are left out, and losses that need them. The weights of tasks
+        are those of `epoch`; of the first one where totals of several epochs are compared, as on the validation split.
         """
         assert batch.targets is not None, "training needs logged candidates"
         active = cascade.names if active is None else active
@@ -96,7 +96,8 @@ class Objective(nn.Module):
         for term in terms:
             targets = replace(later.targets, keep=term.quotas)
             if term.tasks:
-                outputs.append(cast(Any, term.loss).over_tasks(logits[term.names[0]].float(), term.tasks, targets))
+                logits_QCT = logits[term.names[0]].float()
+                outputs.append(cast(Any, term.loss).over_tasks(logits_QCT, term.tasks, targets, epoch=epoch))
             else:
                 outputs.append(term.loss({name: scores[name] for name in term.names}, targets))
         total = torch.stack([*(output.total for output in outputs), *auxiliary.values()]).sum()
@@ -127,21 +128,6 @@ class Objective(nn.Module):
         later, before_QC = with_retrieved(batch, scores_QC, shared, catalogue, count=self.negatives.per_request,
                                           keeps=(cascade.keeps[0], cascade.keeps[1]), rng=rng)
         return output, later, before_QC
-
-
-def refuse_labels_of_one_class(objective: Objective, rates: Mapping[str, float]) -> None:
-    """ConfigError for a label whose log holds only zeros or only ones, where a loss judges each candidate by it.
-
-    `rates`: positives per exposure of the training log, by label.
-    """
-    for term in objective.terms:
-        if not hasattr(term.loss, "over_tasks"):
-            continue
-        for label in term.tasks or (cast(Any, term.loss).config.label,):
-            if label in rates and not 0.0 < rates[label] < 1.0:
-                raise ConfigError(f"stages {list(term.names)}: the label {label!r} is {rates[label]:g} for every "
-                                  "candidate shown in the training log, so there is nothing to tell apart; choose "
-                                  "another label, or check the log")
 
 
 def _refuse_uneven_epochs(config: Config, terms: list[Term], *, frozen: set[str]) -> None:

@@ -1,6 +1,7 @@
 """Optimisers and gradients: sparse rows for embeddings, AdamW for the rest, clipping per stage, means over workers."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -8,15 +9,22 @@ from torch import Tensor, nn
 
 from raycascade.cascade import Cascade
 from raycascade.config import Train
+from raycascade.models._model import TorchModel
+from raycascade.training.penalties import TablePenalties
+from raycascade.training.row_adam import RowAdam, coalesce_gradients, coalesced
 
 
 class Optimisers:
     """One sparse and one dense optimiser over all stages and the loss's own parameters.
 
-    SparseAdam touches only the rows of the batch, so that the size of a table does not change the time of a step.
+    RowAdam touches only the rows of the batch, so that the size of a table does not change the time of a step. Tables,
+    and weights per value and number (the group "linear" of a model), have no weight decay. `penalties` that wait for
+    counts must have counted before the first step.
     """
 
-    def __init__(self, cascade: Cascade, objective: nn.Module, train: Train) -> None:
+    def __init__(
+        self, cascade: Cascade, objective: nn.Module, train: Train, *, penalties: TablePenalties | None = None
+    ) -> None:
         own = {name: list(model.parameters()) for name, model in cascade.models.items()}
         for name, scale in cascade.prior_scales.items():
             own[name].append(scale)
@@ -27,13 +35,14 @@ class Optimisers:
         dense = {name: [p for p in parameters if id(p) not in in_tables] for name, parameters in self.stages.items()}
         self.tables: list[nn.Parameter] = [p for parameters in sparse.values() for p in parameters]
         self.dense: list[nn.Parameter] = [*(p for parameters in dense.values() for p in parameters), *extra]
-        self.clip = train.clip
-        tables = [{"params": ps, "stage": name} for name, ps in sparse.items() if ps]
-        groups = [{"params": ps, "stage": name, "weight_decay": train.weight_decay} for name, ps in dense.items() if ps]
+        self.clip, self.penalties = train.clip, penalties or TablePenalties()
+        options = _options(cascade, train)
+        tables = [group for name, ps in sparse.items() for group in _grouped(name, ps, options)]
+        groups = [group for name, ps in dense.items() for group in _grouped(name, ps, options)]
         groups += [{"params": extra, "stage": "", "weight_decay": 0.0}] if extra else []
         self._all: list[torch.optim.Optimizer] = []
         if tables:
-            self._all.append(torch.optim.SparseAdam(tables, lr=train.embedding_lr or train.lr))
+            self._all.append(RowAdam(tables, lr=train.lr))
         if groups:
             self._all.append(torch.optim.AdamW(groups, lr=train.lr))
         self._rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in self._all]
@@ -46,9 +55,8 @@ class Optimisers:
     def step(self, *, lr_scales: Mapping[str, float] | None = None) -> None:
         """Averages over workers, clips each stage, updates with the config's learning rates times the stage's scale."""
         average_gradients(self.tables, self.dense)
-        for table in self.tables:
-            if table.grad is not None:
-                table.grad = table.grad.coalesce()  # once: clipping and the update would each do it again
+        coalesce_gradients(self.tables)
+        self.penalties.add_to_gradients()
         if self.clip is not None:
             for parameters in self.stages.values():
                 clip_norm(parameters, self.clip)
@@ -81,17 +89,39 @@ class Optimisers:
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
+def _options(cascade: Cascade, train: Train) -> dict[int, tuple[float, float]]:
+    """(learning rate, weight decay) of every parameter of the stages, by its id."""
+    chosen = {id(p): (train.lr, train.weight_decay) for p in cascade.parameters()}
+    tables = [m.weight for m in cascade.modules() if isinstance(m, nn.Embedding)]
+    chosen |= {id(table): (train.embedding_lr or train.lr, 0.0) for table in tables}
+    for model in cascade.models.values():
+        if isinstance(model, TorchModel):
+            for p in model.param_groups()["linear"]:
+                rate = chosen[id(p)][0] if model.linear_rate is None else model.linear_rate * train.lr
+                chosen[id(p)] = (rate, 0.0)
+    return chosen
+
+
+def _grouped(
+    stage: str, parameters: Sequence[nn.Parameter], options: Mapping[int, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """Groups of a stage's parameters with one rate and one weight decay each."""
+    kinds = dict.fromkeys(options[id(p)] for p in parameters)
+    return [{"params": [p for p in parameters if options[id(p)] == (rate, decay)], "stage": stage, "lr": rate,
+             "weight_decay": decay} for rate, decay in kinds]
+
+
 def clip_norm(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scales the gradients of one stage, sparse ones included, to a total L2 norm of at most `limit`."""
+    """Scales the gradients of one stage, coalesced sparse ones included, to a total L2 norm of at most `limit`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return
-    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    values = [g.values() if g.is_sparse else g for g in gradients]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
     scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
     if scale < 1.0:
-        for gradient in gradients:
-            gradient.mul_(scale)
+        for value in values:
+            value.mul_(scale)
 
 
 def average_gradients(tables: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
@@ -117,7 +147,7 @@ def _gathered(parameter: Tensor, world: int) -> Tensor:
         rows = torch.zeros(0, dtype=torch.long, device=parameter.device)
         values = parameter.new_zeros(0, *parameter.shape[1:])
     else:
-        gradient = parameter.grad.coalesce()
+        gradient = coalesced(parameter.grad)
         rows, values = gradient.indices()[0], gradient.values()
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world)]
     torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
@@ -131,4 +161,4 @@ def _gathered(parameter: Tensor, world: int) -> Tensor:
     joined_rows = torch.cat([r[:int(n)] for r, n in zip(all_rows, counts, strict=True)])
     joined_values = torch.cat([v[:int(n)] for v, n in zip(all_values, counts, strict=True)])
     mean = torch.sparse_coo_tensor(joined_rows[None], joined_values / world, parameter.shape, check_invariants=False)
-    return mean.coalesce()
+    return coalesced(mean)
