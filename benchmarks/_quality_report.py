@@ -86,7 +86,7 @@ def write_report(page: Path, runs: list[dict[str, Any]]) -> None:
     section = f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
     page.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: section, text, flags=re.DOTALL))
     with page.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["data", "model", "peer", "inputs", "seed", *(f"{side}_{figure}" for figure in FIGURES
                                                                        for side in ("ours", "peer"))])
         for c in found:

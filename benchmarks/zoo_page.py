@@ -213,7 +213,7 @@ def main() -> int:
     if options.measure:
         torch.set_num_threads(1)
         with SPEEDS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ("model", "training", "scoring"))
+            writer = csv.DictWriter(file, ("model", "training", "scoring"), lineterminator="\n")
             writer.writeheader()
             for name in plugins.names("models"):
                 if build(name) is not None:

@@ -88,7 +88,7 @@ def test_the_sparse_optimiser_touches_only_the_rows_of_the_batch():
         optimisers.step()
     changed = (cascade.table.weight.detach() != before).any(1).nonzero().flatten().tolist()
     assert changed == [3, 7, 9]
-    state = optimisers.state()[0]["0.0.exp_avg"]
+    state = optimisers.state()[0]["0.0.exp_avg_sq"]
     assert state.any(1).nonzero().flatten().tolist() == [3, 7, 9]
     # Adam's first step has the length of the learning rate in every coordinate
     np.testing.assert_allclose((cascade.table.weight[3] - before[3]).detach().abs(), [0.5] * 3, rtol=1e-4)

@@ -61,6 +61,18 @@ def test_dien_trains_as_the_last_stage_the_same_every_time_and_reports_its_own_l
     assert "history_negatives" in run.cascade.training_needs
 
 
+def test_the_validation_loss_is_that_of_the_task_alone(shards: str):
+    """An auxiliary loss says nothing about the ranking, so it has no say in when to stop."""
+    run, _ = trained(train_config(shards, stages=[*STAGES[:2], DIEN]))
+    rows = next(iter(run.reader("train").batches(0)))
+    batch = with_history_negatives(collate(rows, run.shards.items, keep=run.cascade.quotas, k=run.config.lists.k),
+                                   run.shards.items, rng=np.random.default_rng(0))
+    training, validating = (run.objective(run.cascade.train(mode), batch, run.catalogue, np.random.default_rng(1))
+                            for mode in (True, False))
+    assert "aux/ranker" in training.parts
+    assert set(training.parts) - set(validating.parts) == {"aux/ranker"}
+
+
 def test_dien_resumed_in_the_middle_of_an_epoch_ends_with_the_same_weights(shards: str):
     config = train_config(shards, stages=[*STAGES[:2], DIEN])
     whole, _ = trained(config)

@@ -89,9 +89,11 @@ class Objective(nn.Module):
         last = cascade.names.index(needed[-1]) + 1 if needed else 0
         later = with_item_shares(later, catalogue) if "item_shares" in cascade.training_needs else later
         for name in cascade.names[1 if before_QC is not None else 0:last]:
-            logits[name], extra = cascade.model(name).train_outputs(later)
+            model = cascade.model(name)
+            logits[name], extra = model.train_outputs(later)
             before_QC = scores[name] = cascade.with_prior(name, cascade.fused(name, logits[name]), before_QC)
-            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items() if name in active}
+            learns = name in active and model.training  # a validation loss is of the task alone
+            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items() if learns}
         assert later.targets is not None
         for term in terms:
             targets = replace(later.targets, keep=term.quotas)

@@ -17,7 +17,7 @@ class RowAdam(torch.optim.Optimizer):
     Rows of the gradient move as in Adam (Kingma and Ba 2015, algorithm 1), with epsilon added before the correction of
     the second moment; every other row keeps its weights and its moment. The correction counts the table's steps. A
     first moment would only move on while a row is seen: Adam over whole tables goes on moving it, a lazy one stops
-    short, which costs accuracy (docs/decisions/0007-tables-are-joined-and-train-without-momentum.md). Gradients must be coalesced.
+    short (decision 7). Gradients must be coalesced.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, beta: float = 0.999, eps: float = 1e-8) -> None:
