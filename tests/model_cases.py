@@ -28,7 +28,7 @@ SPACE = FeatureSpace(
         Field(name="type", side="item", form="id", table="type", num_rows=6),
         Field(name="user_id x type", side="pair", form="id", table="user_id x type", num_rows=50),
         Field(name="match.tags", side="pair", form="dense"),
-        Field(name="action", side="event", form="id", table="action", num_rows=5),
+        Field(name="action", side="event", form="id", table="action", num_rows=5, values=("shown", "click", "like")),
         Field(name="gap", side="event", form="dense"),
     ),
     history_len=HISTORY_LEN,
@@ -79,6 +79,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "fat_deepffm": [{"product": "inner", "hidden": [8], "norm": "batch"}, {"hidden": [], "reduction": 1, "dim": 2}],
     "two_tower": [{"similarity": "dot", "user_history": "attention", "item_bias": True, "activation": "tanh",
                    "item_hidden": []}],
+    "hstu": [{"layers": 1, "width": 6, "heads": 3, "silu": "u", "block_out": "concat3", "dense": "field"},
+             {"layers": 3, "width": 8, "rab": True}],
+    "gesr": [
+        {"width": 6, "heads": 3, "layers": 1, "seeds": 0, "gate_rank": 0, "head_hidden": [], "vector_dim": 5},
+        {"ro_kv": "history", "mlpg": False, "width": 8, "silu": "u", "block_out": "concat3", "similarity": "dot",
+         "item_bias": True, "norm": "layer", "dense": "field"},
+        {"hma": False, "self": False, "nro": False, "width": 8, "user_history": "attention"},
+        {"self": False, "nro": False, "ro": False, "width": 8, "match_clip": 2, "match_dim": 3, "norm": "batch",
+         "pairs": [{"event": "tags", "candidate": "tags", "actions": ["like", "click"]},
+                   {"event": "item_id", "candidate": "item_id", "window": 2}]},
+    ],
+    "int_tower": [{"tap": "input", "hidden": [12, 8], "heads": 3, "norm": "batch"},
+                  {"hidden": [8], "heads": 1, "head_dim": 5, "activation": "dice"}],
 }
 CASES = [(name, options) for name in TORCH_MODELS for options in [{}, *VARIANTS.get(name, [])]]
 
@@ -117,7 +130,7 @@ def accepted(
 
 
 def with_generic_parameters(model: Any, *, seed: int, std: float = 0.3) -> Any:
-    """Every parameter redrawn from N(0, std); the padding rows of tables stay zero."""
+    """Every parameter redrawn from N(0, std), and no dropout; the padding rows of tables stay zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,6 +138,8 @@ def with_generic_parameters(model: Any, *, seed: int, std: float = 0.3) -> Any:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight[0] = 0
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     return model
 
 

@@ -6,7 +6,7 @@ by training, batch scoring and serving.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -43,6 +43,7 @@ from raycascade.schema import (
 
 CLOCK_SIZES = {"weekday": 7, "hour": 24, "minute": 60}
 DENSE_LIMIT = 5.0  # normalised values are clipped to +-5
+MOST_LISTED = 64  # values of an event's id that models know by name
 
 
 class DenseStats(Frozen):
@@ -139,10 +140,11 @@ class FeatureState:
         if isinstance(feature, IdsFeature):
             table = feature.vocabulary or name
             return [Field(name=name, side=side, form="ids", table=table, num_rows=self.vocabularies[table].num_rows,
-                          width=feature.max_len)]
+                          width=feature.max_len, pool=feature.pool)]
         if isinstance(feature, IdFeature):
             table = feature.vocabulary or name
-            return [Field(name=name, side=side, form="id", table=table, num_rows=self.vocabularies[table].num_rows)]
+            return [Field(name=name, side=side, form="id", table=table, num_rows=self.vocabularies[table].num_rows,
+                          values=_listed(self.vocabularies[table]) if side == "event" else ())]
         if isinstance(feature, CrossFeature):
             width = math.prod(self._num_values(part, feature) for part in feature.parts)
             return [Field(name=name, side=side, form="id" if width == 1 else "ids", table=name,
@@ -177,6 +179,21 @@ class FeatureState:
         if isinstance(feature, MatchFeature):
             return "pair"
         return "request" if feature.side in ("user", "context") else feature.side
+
+    def with_given(self, feature: IdsFeature, num_rows: int) -> "FeatureState":
+        """The same state with one more feature of the items, whose rows are made elsewhere: the caller appends the
+        column (lists of int32) to what `encode_items` returns. Events of the history carry it, too."""
+        assert feature.given
+        assert feature.side == "item"
+        declared = [*self.schema.features, feature]
+        for place, other in enumerate(declared):
+            if isinstance(other, HistoryFeature) and other.fields is not None:
+                declared[place] = other.model_copy(update={"fields": (*other.fields, feature.name)})
+        schema = FeatureSchema.model_validate(
+            {**self.schema.model_dump(), "features": [f.model_dump() for f in declared]})
+        table = feature.vocabulary or feature.name
+        given = Vocabulary(pa.array([], pa.int64()), given=num_rows)
+        return replace(self, schema=schema, vocabularies={**self.vocabularies, table: given})
 
     # ---- encoding
     def encode_column(self, table: pa.Table, feature: Feature, *, where: str, column: str = "") -> dict[str, pa.Array]:
@@ -268,6 +285,8 @@ class FeatureState:
         """Raw items -> encoded items, same row order (position p is item row p + 2), the raw id kept as `item_key`."""
         columns: dict[str, object] = {"item_key": table["item_id"]}
         for feature in self.schema.side("item"):
+            if isinstance(feature, IdsFeature) and feature.given:
+                continue  # `with_given` says how they come in
             if isinstance(feature, IdFeature | DenseFeature | VectorFeature):
                 require_columns(table, [feature.name], where=where)
                 columns |= self.encode_column(table, feature, where=where)
@@ -291,6 +310,7 @@ class FeatureState:
             "label_counts": {name: list(counts) for name, counts in self.label_counts.items()},
             "dense": {name: stats.model_dump() for name, stats in self.dense.items()},
             "vocabularies": {name: vocabulary.buckets for name, vocabulary in self.vocabularies.items()},
+            "given": {name: vocabulary.given for name, vocabulary in self.vocabularies.items() if vocabulary.given},
         })
         storage.write_arrow(storage.join(uri, "counters.arrow"), self.counters.to_arrow())
         for name, vocabulary in {**self.vocabularies, "": self.item_ids}.items():
@@ -303,8 +323,8 @@ class FeatureState:
         which are the largest part: without them the state is small."""
         state = storage.read_json(storage.join(uri, "state.json"))
 
-        def vocabulary(file: str, buckets: int | None) -> Vocabulary:
-            return Vocabulary(storage.read_arrow(storage.join(uri, file))["value"].combine_chunks(), buckets)
+        def vocabulary(file: str, buckets: int | None, given: int | None = None) -> Vocabulary:
+            return Vocabulary(storage.read_arrow(storage.join(uri, file))["value"].combine_chunks(), buckets, given)
 
         schema = FeatureSchema.model_validate(storage.read_json(storage.join(uri, "schema.json")))
         counters = Counters.empty(("exposure", *schema.labels))
@@ -312,7 +332,8 @@ class FeatureState:
             counters = Counters.from_arrow(storage.read_arrow(storage.join(uri, "counters.arrow")))
         return cls(
             schema=schema,
-            vocabularies={n: vocabulary(f"vocabulary.{n}.arrow", b) for n, b in state["vocabularies"].items()},
+            vocabularies={n: vocabulary(f"vocabulary.{n}.arrow", b, state.get("given", {}).get(n))
+                          for n, b in state["vocabularies"].items()},
             dense={name: DenseStats.model_validate(stats) for name, stats in state["dense"].items()},
             counters=counters,
             item_ids=vocabulary("item_ids.arrow", None),
@@ -320,6 +341,12 @@ class FeatureState:
             label_rates=state["label_rates"],
             label_counts={n: (observed, ones) for n, (observed, ones) in state.get("label_counts", {}).items()},
         )
+
+
+def _listed(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The values as text, where they are few and each has a row of its own."""
+    few = vocabulary.buckets is None and len(vocabulary.values) <= MOST_LISTED
+    return tuple(str(value) for value in vocabulary.values.to_pylist()) if few else ()
 
 
 def _column(table: pa.Table, name: str, kind: pa.DataType | None = None) -> pa.Array:

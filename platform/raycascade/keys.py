@@ -57,10 +57,12 @@ def hash_rows(keys: np.ndarray, buckets: int, *, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Known values in row order: the value at position p has row p + 2. Rows of hashed vocabularies need no values."""
+    """Known values in row order: the value at position p has row p + 2. Rows of hashed vocabularies need no values;
+    those of `given` ones are made elsewhere, and only their number is known."""
 
     values: pa.Array
     buckets: int | None = None
+    given: int | None = None  # rows of the table, padding and unknown included
 
     @cached_property
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +83,7 @@ class Vocabulary:
     @property
     def num_rows(self) -> int:
         """Rows of the embedding table, padding and unknown included."""
-        return FIRST_ROW + (self.buckets or len(self.values))
+        return self.given or FIRST_ROW + (self.buckets or len(self.values))
 
     def lookup(self, array: "pa.Array | pa.ChunkedArray") -> np.ndarray:
         """Rows (int64) of raw values; 1 for null and for what the vocabulary does not know."""

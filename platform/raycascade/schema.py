@@ -41,10 +41,13 @@ class IdFeature(Frozen):
 
 
 class IdsFeature(IdFeature):
-    """Several categories per row (tags); at most `max_len` are read, in their order."""
+    """Several categories per row (tags); at most `max_len` are read, in their order, and `pool` is what models make of
+    them. `given`: the rows come encoded, as those of semantic ids; no log holds them."""
 
     kind: Literal["ids"] = "ids"  # pyright: ignore[reportIncompatibleVariableOverride]
     max_len: int = Option(default=8, ge=1)
+    pool: Literal["mean", "sum"] = "mean"
+    given: bool = False
 
 
 class DenseFeature(Frozen):
@@ -296,6 +299,7 @@ class Field(Frozen):
     num_rows: int = 0  # rows of the table, padding and unknown included
     width: int = 1  # dense 1, vector its dimension, ids the most values
     pool: Literal["mean", "sum"] = "mean"  # what becomes of the values of ids
+    values: tuple[str, ...] = ()  # of an event's id with few values: what they are as text, from row 2 on
 
 
 class FeatureSpace(Frozen):

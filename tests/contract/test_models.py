@@ -37,8 +37,12 @@ from tests.model_cases import (
 
 every_case = pytest.mark.parametrize(("name", "options"), CASES, ids=case_id)
 every_model = pytest.mark.parametrize("name", TORCH_MODELS)
-ORDER_MATTERS = {"din": False, "dien": True, "bst": True}  # of the history, the time of each event kept
+# Of the history, the time of each event kept.
+ORDER_MATTERS = {"din": False, "dien": True, "bst": True, "hstu": True, "gesr": True}
 LINEAR_MODELS = {"lr"}  # cannot learn an exclusive or
+SIGNED = {"int_tower": {"heads": 1}}  # a sum of maxima over many random heads is hardly ever negative
+SMALL = {"gesr": {"width": 8, "vector_dim": 8, "layers": 1, "key_dim": 4, "value_dim": 4, "seeds": 1},
+         "hstu": {"width": 16, "layers": 1, "key_dim": 8, "value_dim": 8}}  # wide ones learn too, in a minute
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, atol: float = 1e-10) -> None:
@@ -75,6 +79,7 @@ def test_one_request_with_one_candidate_and_no_history_is_scored(name: str, opti
 @every_case
 def test_logits_are_float32_numbers_below_0_and_above_1(name: str, options: dict[str, Any]):
     """Wide parameters, because a cosine with a scale near 1 cannot leave [-1, 1] by itself."""
+    options = {**options, **SIGNED.get(name, {})}
     models = [build(name, options, seed=seed, std=1.0).float() for seed in range(8)]
     logits = torch.cat([model(random_batch(seed=seed)) for seed, model in enumerate(models)])
     assert logits.dtype == torch.float32
@@ -326,7 +331,7 @@ def test_large_ids_reach_the_tables_exactly(name: str):
     batch = random_batch(num_requests=2)
     twice = replace(batch, item={n: x[:, :1].expand_as(x) for n, x in batch.item.items()})
     ids = torch.tensor([[big, big + 1, big, big + 1, big]] * 2)
-    logits = model(replace(twice, item={**twice.item, "item_id": ids}))
+    logits = model(replace(twice, item={**twice.item, "item_id": ids}, candidates_QC=ids))
     assert any({row, row + 1} <= seen for row in seen if row >= big)  # first-order rows lie behind other vocabularies
     assert (logits[:, 0] - logits[:, 1]).abs().min() > 1e-6
     assert_close(logits[:, 0], logits[:, 2])
@@ -348,7 +353,7 @@ def test_an_exclusive_or_of_user_and_item_is_learnt(name: str):
     batch = random_batch(num_requests=400, history_len=2, space=space)
     batch = replace(batch, mask_QC=torch.ones_like(batch.mask_QC))
     label = ((batch.user["user_id"][:, None] + batch.item["item_id"]) % 2).double()
-    model = build(name, {}, space=space, generic=False).train()
+    model = build(name, SMALL.get(name, {}), space=space, generic=False).train()
     optimisers = optimisers_of(model, 0.03)
     for _ in range(120):
         logits = model.train_outputs(batch)[0][..., 0]
