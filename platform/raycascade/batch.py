@@ -4,7 +4,7 @@ Shape letters, in every tensor's name: Q requests, C candidates, N items, L hist
 K kept, V values of a multi-valued field. Masks are bool, true = real.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +12,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from raycascade.errors import DataError
 from raycascade.features import FeatureState, clock_rows
 from raycascade.items import ItemTable, age_rows
 from raycascade.keys import fold
+from raycascade.past import TIMES, without_later_events
 from raycascade.ragged import Ragged
 from raycascade.schema import (
     FIRST_ROW,
@@ -55,7 +57,8 @@ class Targets:
 class Batch:
     """`user` holds user and context fields [Q, ...]; `item` item and pair fields [Q, C, ...]; `history` event fields
     and the events' own item fields [Q, L, ...], oldest first, left-aligned; `history_negatives`, in training only, the
-    same item fields of a random other item beside each event."""
+    same item fields of a random other item beside each event. `history_time_ms_QL`: when the events were, 0 where that
+    is not known; `dropped_events`: how many were left out because they were not before their request."""
 
     user: Mapping[str, Tensor]
     item: Mapping[str, Tensor]
@@ -69,6 +72,8 @@ class Batch:
     exclude: tuple[np.ndarray, ...] = ()  # item rows that must not be recommended, one array a request
     targets: Targets | None = None
     history_negatives: Mapping[str, Tensor] | None = None
+    history_time_ms_QL: Tensor | None = None
+    dropped_events: int = 0
 
     @property
     def num_requests(self) -> int:
@@ -102,16 +107,42 @@ class Batch:
             places = places_QL.reshape(*places_QL.shape, *[1] * (values.ndim - 2))
             return values.gather(1, places.expand(-1, -1, *values.shape[2:]))
 
-        negatives = self.history_negatives
+        negatives, times_QL = self.history_negatives, self.history_time_ms_QL
         return replace(self, history={name: cut(values) for name, values in self.history.items()},
                        history_mask_QL=cut(self.history_mask_QL), history_rows_QL=cut(self.history_rows_QL),
-                       history_negatives=negatives and {name: cut(values) for name, values in negatives.items()})
+                       history_negatives=negatives and {name: cut(values) for name, values in negatives.items()},
+                       history_time_ms_QL=None if times_QL is None else cut(times_QL))
+
+    def events_since(self, age_ms: int) -> "Batch":
+        """The same requests without events older than that; those of unknown age stay. The places of the others do not
+        change. DataError where the log says nothing of the times of events."""
+        times_QL = self.history_time_ms_QL
+        if times_QL is None:
+            if not self.history_mask_QL.any():
+                return self
+            raise DataError("max_age_days: the histories have no times (history_time_ms); add them, or leave it out")
+        recent_QL = (times_QL <= 0) | (self.time_ms_Q[:, None] - times_QL <= age_ms)
+        return replace(self, history_mask_QL=self.history_mask_QL & recent_QL)
 
     def with_candidates(self, rows_QC: Tensor, mask_QC: Tensor, items: ItemTable) -> "Batch":
         """The same requests over other candidates (the survivors of a stage). There are no targets for them."""
-        rows_QC = torch.where(mask_QC, rows_QC, 0)
-        bare = replace(self, candidates_QC=rows_QC, mask_QC=mask_QC, targets=None)
+        bare = self.with_rows(rows_QC, mask_QC)
         return replace(bare, item=_item_side(bare, items))
+
+    def in_parts(self, most: int | None) -> Iterator["Batch"]:
+        """The same requests with at most so many of their candidates at a time (None: all); no targets."""
+        width = self.mask_QC.shape[1]
+        if most is None or width <= most:
+            yield self
+            return
+        for start in range(0, width, most):
+            part = slice(start, start + most)
+            yield replace(self, item={name: values[:, part] for name, values in self.item.items()}, targets=None,
+                          candidates_QC=self.candidates_QC[:, part], mask_QC=self.mask_QC[:, part])
+
+    def with_rows(self, rows_QC: Tensor, mask_QC: Tensor) -> "Batch":
+        """The same requests over other candidates, of which no more is known than their rows."""
+        return replace(self, candidates_QC=torch.where(mask_QC, rows_QC, 0), mask_QC=mask_QC, targets=None, item={})
 
     def with_history_negatives(self, rows_QL: np.ndarray, items: ItemTable) -> "Batch":
         """The same requests with another item beside each event of the history, for models that must tell them."""
@@ -134,8 +165,9 @@ def collate(requests: pa.Table, items: ItemTable, *, keep: tuple[int, ...] = (),
     """Encoded requests (rows of shards, or `FeatureState.encode_requests`) -> tensors, item fields gathered by row.
 
     Targets are made where the requests carry feedback (any of reached, relevance or labels). Without candidates
-    C = 0: retrieval needs none.
+    C = 0: retrieval needs none. Events at or after the time of their request are left out and counted.
     """
+    requests, dropped = without_later_events(requests)
     state, time_ms = items.state, requests["time_ms"].to_numpy()
     candidates = _lists(requests, "candidates")
     width = int(candidates.lengths_Q.max(initial=0))
@@ -144,13 +176,13 @@ def collate(requests: pa.Table, items: ItemTable, *, keep: tuple[int, ...] = (),
     for feature in state.schema.side("user", "context"):
         if not isinstance(feature, HistoryFeature):
             user |= _request_field(requests, feature, state, time_ms)
-    history, history_rows, history_mask = _history_side(requests, items, time_ms)
+    history, history_rows, history_mask, history_time_ms = _history_side(requests, items, time_ms)
     batch = Batch(
         user=user, item={}, history=history, history_mask_QL=history_mask, history_rows_QL=history_rows,
         candidates_QC=torch.from_numpy(rows_QC), mask_QC=torch.from_numpy(mask_QC),
         time_ms_Q=torch.from_numpy(time_ms.astype(np.int64)),
         request_ids=tuple(requests["request_id"].to_pylist()) if "request_id" in requests.column_names else (),
-        exclude=_exclusions(requests),
+        exclude=_exclusions(requests), history_time_ms_QL=history_time_ms, dropped_events=dropped,
     )
     batch = replace(batch, user={**user, **_crosses(batch, state, "request")})
     batch = replace(batch, item=_item_side(batch, items))
@@ -180,20 +212,20 @@ def _request_field(requests: pa.Table, feature: object, state: FeatureState, tim
 
 def _history_side(
     requests: pa.Table, items: ItemTable, time_ms: np.ndarray
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
     state, feature = items.state, items.state.schema.history
     if feature is None:
         nothing = np.zeros((len(requests), 0), np.int64)
-        return {}, torch.from_numpy(nothing), torch.from_numpy(nothing.astype(bool))
+        return {}, torch.from_numpy(nothing), torch.from_numpy(nothing.astype(bool)), None
     lists = _lists(requests, "history")
     width = min(feature.max_len, int(lists.lengths_Q.max(initial=0)))
     rows, mask = lists.pad(width, np.int64, newest=True)
-    fields = items.fields(rows, 0, names=state.space.history_fields)
+    fields = items.fields(rows, 0, names=items.with_keys(state.space.history_fields))
+    at_ms, known = np.zeros_like(rows), mask & False
+    if timed := TIMES in requests.column_names:
+        at_ms, known = _lists(requests, TIMES).pad(width, np.int64, newest=True)
     for event in state.schema.side("event"):
         if isinstance(event, AgeFeature):
-            at_ms, known = np.zeros_like(rows), mask & False
-            if "history_time_ms" in requests.column_names:
-                at_ms, known = _lists(requests, "history_time_ms").pad(width, np.int64, newest=True)
             buckets = age_rows(time_ms[:, None] - at_ms, known & (at_ms > 0))
             fields[event.name] = torch.from_numpy(np.where(mask, buckets, 0))
             continue
@@ -202,7 +234,7 @@ def _history_side(
         for name in names:
             values, _ = _lists(requests, f"history_{name}").pad(width, np.float32 if dense else np.int64, newest=True)
             fields[name] = torch.from_numpy(values)
-    return fields, torch.from_numpy(rows), torch.from_numpy(mask)
+    return fields, torch.from_numpy(rows), torch.from_numpy(mask), torch.from_numpy(at_ms) if timed else None
 
 
 def _exclusions(requests: pa.Table) -> tuple[np.ndarray, ...]:

@@ -1,15 +1,18 @@
 """The bundle: everything scoring and serving need, immutable, verified on load, without pickle.
 
     <bundles>/<id>/manifest.json   config.yaml   features/   items/   users/   stages/<name>/weights.safetensors
-                   index/   metrics.json   report.html
+                   index/   metrics.json   report.html   stages/<name>/items/   semantic_ids/<name>/
 
 A stage of trees has model.ubj and columns.json in place of its weights; where no stage searches there is no index.
+Stages whose model encodes items alone have those encoded items.
 Only the bundle crosses from training to scoring and serving. This file owns its format.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,12 +30,19 @@ from raycascade.config import Config, parse_config
 from raycascade.errors import BundleError, DataError
 from raycascade.features import FeatureState
 from raycascade.indexes import ItemIndex
+from raycascade.item_cache import read_item_cache, write_item_cache
 from raycascade.items import ItemTable
 from raycascade.keys import to_keys
+from raycascade.past import moments
 from raycascade.ragged import Ragged
+from raycascade.schema import FIRST_ROW
+from raycascade.semantic_ids.artefact import SemanticIds, version_of
+from raycascade.semantic_ids.columns import require_versions, with_tokens
+from raycascade.variants import warm_up, with_variants
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.safetensors"
+ITEMS = "items/items.parquet"
 MUTABLE = ("manifest.json", "report.html")  # written after the rest, so not under its hashes
 SERVED_COLUMNS = ("request_id", "user_key", "time_ms")
 
@@ -47,11 +57,18 @@ class Bundle:
     items: ItemTable
     cascade: Cascade
     index: ItemIndex | None
+    semantic_ids: Mapping[str, SemanticIds] = field(default_factory=dict)
 
     @property
     def state(self) -> FeatureState:
         """The fitted features."""
         return self.items.state
+
+    @cached_property
+    def version(self) -> str:
+        """16 hexadecimal digits that change whenever any file does; copies of a bundle have the same."""
+        content = json.dumps(self.manifest["files"], sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     @cached_property
     def users(self) -> "Users":
@@ -74,13 +91,14 @@ class Bundle:
         """Raw requests (canonical columns, candidates not needed) -> encoded, users completed from the users table.
 
         Only `user_id` is required. What a request itself brings (features, history) wins over the users table, null
-        brings nothing; what it excludes adds to the users table. `time_ms` defaults to the end of the training log.
+        brings nothing; what it excludes adds to the users table. `time_ms` defaults to the end of the training log, or
+        to right behind the newest event that a request brings, if that is later.
         """
         count = len(requests)
         if "user_id" not in requests.column_names:
             raise DataError("requests: column 'user_id' is missing; give the user of each request")
         defaults = {"request_id": pa.array([str(i) for i in range(count)]),
-                    "time_ms": pa.array(np.full(count, self.state.as_of_ms, np.int64))}
+                    "time_ms": pa.array(moments(requests, self.state.as_of_ms))}
         for name, column in defaults.items():
             if name not in requests.column_names:
                 requests = requests.append_column(name, column)
@@ -98,6 +116,15 @@ class Bundle:
             both = _joined(stored, filler) if name == "exclude" else _coalesce(stored, filler, stands_in)
             encoded = encoded.set_column(encoded.column_names.index(name), name, both)
         return encoded
+
+
+    def encode_items(self, items: pa.Table) -> pa.Table:
+        """Raw items, as the data set has them, -> encoded, tokens of semantic ids included; nothing is trained.
+
+        New items get the rows that they would have had in the catalogue (`ItemTable.with_items` puts them behind it).
+        DataError for a column that is missing, and for a content vector of another width, or with NaN or infinity.
+        """
+        return with_tokens(self.state.encode_items(items, where="items"), self.state, self.semantic_ids)
 
 
 def _brought(requests: pa.Table, name: str) -> np.ndarray:
@@ -172,24 +199,60 @@ def build_index(config: Config, cascade: Cascade, items: ItemTable) -> ItemIndex
 
 def save_bundle(
     uri: str, *, config: Config, cascade: Cascade, items: ItemTable, encoded_items: pa.Table, users: pa.Table,
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, Any], semantic_ids: Mapping[str, str] | None = None, index: ItemIndex | None = None,
 ) -> str:
-    """Writes a whole bundle; the manifest comes last, so that an unfinished one cannot be loaded."""
+    """Writes a whole bundle; the manifest comes last, so that an unfinished one cannot be loaded. `semantic_ids`:
+    folders of those whose tokens the items have, by name; `index`: the one over the items' vectors, if it is built
+    already. Weights are written as they were trained, in float32, whatever they are served in."""
     if storage.exists(storage.join(uri, "manifest.json")):
         raise BundleError(f"{uri}: there is a bundle already; bundles are immutable: choose another train.run")
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     storage.write_bytes(storage.join(uri, "config.yaml"), text.encode())
     items.state.save(storage.join(uri, "features"))
-    _write_parquet(storage.join(uri, "items/items.parquet"), encoded_items)
+    _write_parquet(storage.join(uri, ITEMS), encoded_items)
     _write_parquet(storage.join(uri, "users/users.parquet"), users)
+    for name, folder in (semantic_ids or {}).items():
+        for file in storage.list_files(folder):
+            storage.copy_file(storage.join(folder, file), storage.join(uri, "semantic_ids", name, file))
     for name in cascade.names:
         for file, content in _stage_files(cascade, name).items():
             storage.write_bytes(storage.join(uri, "stages", name, file), content)
     if cascade.eval().searches:
-        build_index(config, cascade, items).save(storage.join(uri, "index"))
+        (index or build_index(config, cascade, items)).save(storage.join(uri, "index"))
+    write_item_caches(uri, cascade, items)
     storage.write_json(storage.join(uri, "metrics.json"), metrics)
     write_manifest(uri, fingerprint=items.state.schema.fingerprint())
     return uri
+
+
+def write_item_caches(uri: str, cascade: Cascade, items: ItemTable) -> None:
+    """Writes what the stages' models encode of every item, where that follows from the item alone. Everything else that
+    it follows from must be in the bundle already. The cascade must be in evaluation mode."""
+    for name in cascade.names:
+        precision = cascade.stages[name].item_cache
+        if precision is None or not cascade.caches_items(name, items):
+            continue
+        files = {file: storage.sha256(storage.join(uri, file)) for file in storage.list_files(uri)
+                 if _shapes_items(file, name)}
+        write_item_cache(item_cache_folder(uri, name), cascade.encode_items(name, items), made_of=files,
+                         num_rows=items.num_items + FIRST_ROW, precision=precision)
+
+
+def item_cache_folder(uri: str, name: str) -> str:
+    """Where a stage's encoded items are."""
+    return storage.join(uri, "stages", name, "items")
+
+
+def _shapes_items(file: str, name: str) -> bool:
+    """Whether what a stage's model encodes of items follows from a file of the bundle."""
+    return file in ("config.yaml", ITEMS, f"stages/{name}/{WEIGHTS}") or file.startswith("features/")
+
+
+def _load_item_caches(uri: str, cascade: Cascade, files: Mapping[str, str]) -> None:
+    for name in cascade.names:
+        if any(file.startswith(f"stages/{name}/items/") for file in files):
+            made_of = {file: digest for file, digest in files.items() if _shapes_items(file, name)}
+            cascade.item_caches[name] = read_item_cache(item_cache_folder(uri, name), made_of=made_of)
 
 
 def _stage_files(cascade: Cascade, name: str) -> dict[str, bytes]:
@@ -219,9 +282,11 @@ def _load_stage(uri: str, cascade: Cascade, name: str, files: Iterable[str]) -> 
 def write_manifest(uri: str, *, fingerprint: str) -> None:
     """Hashes every file of the bundle and publishes the manifest."""
     names = [name for name in storage.list_files(uri) if name not in MUTABLE]
+    frozen = [name.split("/")[1] for name in names if re.fullmatch(r"semantic_ids/[^/]+/manifest\.json", name)]
     storage.write_json(storage.join(uri, "manifest.json"), {
         "format_version": FORMAT_VERSION, "fingerprint": fingerprint,
         "versions": {"raycascade": __version__, "torch": torch.__version__},
+        "semantic_ids": {name: version_of(storage.join(uri, "semantic_ids", name)) for name in frozen},
         "files": {name: storage.sha256(storage.join(uri, name)) for name in names},
     })
 
@@ -269,8 +334,9 @@ def verify(uri: str) -> dict[str, Any]:
     return manifest
 
 
-def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
-    """A verified bundle, its cascade in evaluation mode."""
+def load_bundle(uri: str, *, device: str = "cpu", served: Collection[str] | None = None) -> Bundle:
+    """A verified bundle, its cascade in evaluation mode. The stages `served` (None: all) are what their config serves
+    them as, and compiled ones have run; the others are as they were trained."""
     uri = storage.absolute(uri)
     manifest = verify(uri)
     tree = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
@@ -279,17 +345,26 @@ def load_bundle(uri: str, *, device: str = "cpu") -> Bundle:
     if state.schema.fingerprint() != manifest["fingerprint"]:
         raise BundleError(f"{uri}/features/schema.json: schema {state.schema.fingerprint()}, but the bundle was made "
                           f"for {manifest['fingerprint']}; train again")
-    filesystem, path = storage.resolve(storage.join(uri, "items/items.parquet"))
-    items = ItemTable.from_encoded(pq.read_table(path, filesystem=filesystem), state)
+    filesystem, path = storage.resolve(storage.join(uri, ITEMS))
+    encoded = pq.read_table(path, filesystem=filesystem)
+    frozen = {name: SemanticIds.load(storage.join(uri, "semantic_ids", name))
+              for name in manifest.get("semantic_ids", {})}
+    require_versions(encoded, state, frozen, where=f"{uri}/{ITEMS}")
+    items = ItemTable.from_encoded(encoded, state)
     cascade = Cascade(config, state.space)
     for name in cascade.names:
         _load_stage(uri, cascade, name, manifest["files"])
+    _load_item_caches(uri, cascade, manifest["files"])
     index = None
     if cascade.searches:
         plugin, options = plugins.options("indexes", config.index, "index")
         index = plugin(options)
         index.load(storage.join(uri, "index"))
-    return Bundle(uri, manifest, config, items, cascade.to(device).eval(), index)
+    cascade = with_variants(cascade.to(device).eval(), history_len=state.space.history_len, names=served)
+    bundle = Bundle(uri, manifest, config, items, cascade, index, frozen)
+    if any(stage.compile for stage in config.stages) and len(bundle.users.table):
+        warm_up(cascade, bundle.batch(bundle.users.table.slice(0, 2)), items, names=served)
+    return bundle
 
 
 def _write_parquet(uri: str, table: pa.Table) -> None:

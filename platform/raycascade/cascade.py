@@ -14,9 +14,13 @@ from raycascade.batch import Batch
 from raycascade.config import Config, Stage
 from raycascade.errors import ConfigError
 from raycascade.indexes import Candidates, ItemIndex
+from raycascade.item_cache import ItemCache
 from raycascade.items import ItemTable
 from raycascade.models import FittedModel, StageModel, TowerModel
+from raycascade.models._encoded_items import ItemEncodingModel, encode_catalogue, score_from_cache
+from raycascade.models._model import TorchModel
 from raycascade.schema import PADDING, FeatureSpace, near_miss
+from raycascade.semantic_ids.columns import seen_by
 
 ITEM_CHUNK = 65_536  # items embedded at once
 
@@ -56,6 +60,8 @@ class Cascade(nn.Module):
     """The stages of a config over a feature space. Stages share no parameters.
 
     `models` are those that train by gradients; `fitted` those that are fitted at once and have no parameters.
+    `item_caches`: what some stages' models have encoded of the items, read instead of the items' fields by whatever
+    recommends; they belong to the weights, and only a bundle brings them.
     """
 
     def __init__(self, config: Config, space: FeatureSpace) -> None:
@@ -66,13 +72,20 @@ class Cascade(nn.Module):
         self.stages = {stage.name: stage for stage in config.stages}
         self.models = nn.ModuleDict()
         self.fitted: dict[str, FittedModel] = {}
+        self.item_caches: dict[str, ItemCache] = {}
+        self.item_fields: dict[str, tuple[str, ...]] = {}
         for position, stage in enumerate(config.stages):
             plugin, options = plugins.options("models", stage.model, f"stages.{position}.model")
             try:
                 _refuse_unknown_tasks(stage, space)
-                model = plugin(options, space.without(stage.exclude), num_tasks=stage.num_tasks)
+                seen = seen_by(stage, space)
+                model = plugin(options, seen, num_tasks=stage.num_tasks)
+                self.item_fields[stage.name] = tuple(field.name for field in seen.of("item"))
+                _refuse_precision_of_nothing(stage, model)
                 if isinstance(model, nn.Module):
                     self.models[stage.name] = model
+                    if hasattr(model, "task_labels"):
+                        setattr(model, "task_labels", stage.tasks)  # noqa: B010 - only some models have it
                 else:
                     _refuse_of_fitted(stage, first=position == 0)
                     self.fitted[stage.name] = model
@@ -143,8 +156,32 @@ class Cascade(nn.Module):
         return scores
 
     def score(self, name: str, batch: Batch) -> Tensor:
-        """Scores [Q, C] of a stage's model alone, float32, without the prior."""
-        return self.fused(name, self.model(name)(batch))
+        """Scores [Q, C] of a stage's model alone, float32, without the prior; `micro_batch` candidates at a time."""
+        most = self.stages[name].micro_batch
+        if most is None or batch.mask_QC.shape[1] <= most:
+            return self.fused(name, self.model(name)(batch))
+        model = cast(TorchModel, self.models[name])
+        state = model.encode_request(batch)
+        parts = [model.score_candidates(state, part) for part in batch.in_parts(most)]
+        return self.fused(name, torch.cat(parts, 1))
+
+    def score_cached(self, name: str, batch: Batch, items: ItemTable) -> Tensor:
+        """As `score`, by the stage's item cache; of the batch's candidates only the rows and the mask are read."""
+        model, names = cast(ItemEncodingModel, self.models[name]), self.item_fields[name]
+        state = model.encode_request(batch)
+        parts = [score_from_cache(model, state, part, self.item_caches[name], items, names)
+                 for part in batch.in_parts(self.stages[name].micro_batch)]
+        return self.fused(name, torch.cat(parts, 1))
+
+    def caches_items(self, name: str, items: ItemTable) -> bool:
+        """Whether a bundle keeps what the stage's model encodes of each item: the model does so, the stage wants it,
+        and every item field that it sees is one that no moment changes."""
+        encodes = name in self.models and isinstance(self.models[name], ItemEncodingModel)
+        return encodes and bool(self.stages[name].item_cache) and set(self.item_fields[name]) <= items.static.keys()
+
+    def encode_items(self, name: str, items: ItemTable) -> Iterator[dict[str, Tensor]]:
+        """What a stage's model encodes of every item, in pieces by item row."""
+        return encode_catalogue(cast(ItemEncodingModel, self.models[name]), items, self.item_fields[name])
 
     def fused(self, name: str, logits_QCT: Tensor) -> Tensor:
         """The stage's score [Q, C], float32, from its tasks' logits: the only one, or as its fusion declares."""
@@ -182,17 +219,18 @@ class Cascade(nn.Module):
 
         Where the first stage does not search, it chooses among the candidates of the batch.
         """
-        outcomes = [self.retrieve(batch, index) if self.searches else self.choose(batch)]
+        outcomes = [self.retrieve(batch, index) if self.searches else self.choose(batch, items)]
         for name, keep in zip(self.names[1:], self.keeps[1:], strict=True):
             outcomes.append(self.narrow(name, keep, batch, outcomes[-1], items))
         return Ranking(tuple(outcomes))
 
     @torch.no_grad()
-    def choose(self, batch: Batch) -> StageOutcome:
+    def choose(self, batch: Batch, items: ItemTable) -> StageOutcome:
         """The first stage over the batch's own candidates, without what each request excludes."""
-        allowed_QC = batch.mask_QC & ~excluded_mask(batch)
-        scores_QC = torch.where(allowed_QC, self.score(self.names[0], batch), -torch.inf)
-        return _outcome(self.names[0], self.keeps[0], batch.candidates_QC, scores_QC, allowed_QC)[0]
+        name, allowed_QC = self.names[0], batch.mask_QC & ~excluded_mask(batch)
+        own_QC = self.score_cached(name, batch, items) if name in self.item_caches else self.score(name, batch)
+        scores_QC = torch.where(allowed_QC, own_QC, -torch.inf)
+        return _outcome(name, self.keeps[0], batch.candidates_QC, scores_QC, allowed_QC)[0]
 
     @torch.no_grad()
     def retrieve(self, batch: Batch, index: ItemIndex | None) -> StageOutcome:
@@ -206,11 +244,16 @@ class Cascade(nn.Module):
 
     @torch.no_grad()
     def narrow(self, name: str, keep: int, batch: Batch, before: StageOutcome, items: ItemTable) -> StageOutcome:
-        """One later stage over the survivors of the stage before it."""
+        """One later stage over the survivors of the stage before it, by the stage's item cache where there is one."""
         rows_QC, mask_QC = (torch.from_numpy(np.ascontiguousarray(kept)) for kept in before.kept())
-        current = batch.with_candidates(rows_QC, mask_QC, items)
+        if name in self.item_caches:
+            current = batch.with_rows(rows_QC, mask_QC)
+            own_QC = self.score_cached(name, current, items)
+        else:
+            current = batch.with_candidates(rows_QC, mask_QC, items)
+            own_QC = self.score(name, current)
         before_QC = torch.from_numpy(np.ascontiguousarray(before.scores_QC[:, :before.keep]))
-        scores_QC = torch.where(mask_QC, self.with_prior(name, self.score(name, current), before_QC), -torch.inf)
+        scores_QC = torch.where(mask_QC, self.with_prior(name, own_QC, before_QC), -torch.inf)
         return _outcome(name, keep, current.candidates_QC, scores_QC, mask_QC)[0]
 
     @torch.no_grad()
@@ -231,10 +274,19 @@ def _refuse_of_fitted(stage: Stage, *, first: bool) -> None:
     if stage.prior:
         raise ConfigError(f"{kind} is fitted before the other stages train, so there is no score yet to add to; "
                           "leave prior out")
-    for option in ("loss", "epochs", "lr", "l2_touched", "l2_embedding"):
+    if stage.micro_batch:
+        raise ConfigError(f"micro_batch: {kind} keeps nothing of a request between candidates; leave it out")
+    if stage.precision != "fp32" or stage.compile:
+        raise ConfigError(f"precision and compile are for models of torch, which {kind} is not; leave them out")
+    for option in ("loss", "epochs", "lr", "l2_touched", "l2_embedding", "init_from"):
         if getattr(stage, option):
             raise ConfigError(f"{option}: {kind} is fitted by its own objective in its own rounds; leave it out, and "
                               "set the options of the model")
+
+
+def _refuse_precision_of_nothing(stage: Stage, model: object) -> None:
+    if stage.item_cache == "float32" and not isinstance(model, ItemEncodingModel):
+        raise ConfigError(f"item_cache: {stage.model['name']} encodes no items that a bundle could keep; leave it out")
 
 
 def _refuse_unknown_tasks(stage: Stage, space: FeatureSpace) -> None:

@@ -175,6 +175,18 @@ def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False
     _verb(lambda: flow.train(loaded), as_json=as_json, address=address, submit=submit)
 
 
+@app.command("semantic-ids")
+def semantic_ids(config: ConfigPath, overrides: Overrides = None, as_json: Json = False, address: Address = None,
+                 submit: Submit = None, debug: Debug = False) -> None:
+    """Learn semantic ids from the content vectors of prepared items, and report on them."""
+    del debug
+    from raycascade.config import load_config
+    from raycascade.flows import semantic_ids as flow
+
+    loaded = flow.require_declared(load_config(config, overrides or ()))
+    _verb(lambda: flow.semantic_ids(loaded), as_json=as_json, address=address, submit=submit)
+
+
 @app.command()
 def evaluate(
     bundle: BundleUri, overrides: Overrides = None, split: str = "test", as_json: Json = False,

@@ -1,9 +1,7 @@
 """One frozen config per run: YAML, `extends:` one level deep, dotted overrides, defaults only in code."""
 
-import datetime as dt
 import os
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +11,9 @@ from pydantic import Field as Option, ValidationError, field_validator, model_va
 from raycascade import plugins, storage
 from raycascade.errors import ConfigError
 from raycascade.schema import Frozen, near_miss
+from raycascade.semantic_ids_config import SemanticIdsOptions, StageSemanticIds, check_semantic_ids
+from raycascade.splits_config import Splits
+from raycascade.variants_config import Guard, Precision
 
 PER_TASK = ("task_weights", "task_gammas")  # options of a loss that name tasks of its stage
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -24,58 +25,6 @@ class Paths(Frozen):
     raw: str = ""
     shards: str = "outputs/shards"
     bundles: str = "outputs/bundles"
-
-
-class Splits(Frozen):
-    """Requests by time: train before `valid_from` (or `test_from`), then valid, then test up to `test_until`.
-
-    Dates are ISO days or moments, in the zone `utc_offset_hours` unless they name one; null leaves a split out.
-    `train_from` drops what is older.
-    """
-
-    train_from: str | None = None
-    valid_from: str | None = None
-    test_from: str | None = None
-    test_until: str | None = None
-    utc_offset_hours: float = Option(default=0.0, gt=-24, lt=24)
-
-    @field_validator("train_from", "valid_from", "test_from", "test_until", mode="before")
-    @classmethod
-    def _iso(cls, value: Any) -> Any:
-        return value.isoformat() if isinstance(value, dt.date) else value
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Splits":
-        moments = [(n, self.moment_ms(n)) for n in ("train_from", "valid_from", "test_from", "test_until")]
-        present = [(name, moment) for name, moment in moments if moment is not None]
-        for (before, a), (after, b) in pairwise(present):
-            if a >= b:
-                raise ConfigError(f"splits: {before} ({getattr(self, before)}) must lie before "
-                                  f"{after} ({getattr(self, after)})")
-        return self
-
-    def moment_ms(self, name: str) -> int | None:
-        """A boundary as Unix milliseconds."""
-        text = getattr(self, name)
-        if text is None:
-            return None
-        try:
-            moment = dt.datetime.fromisoformat(text)
-        except ValueError:
-            raise ConfigError(f"splits.{name}: expected an ISO date such as 2022-04-30, got {text!r}") from None
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=dt.timezone(dt.timedelta(hours=self.utc_offset_hours)))
-        return round(moment.timestamp() * 1000)
-
-    def ranges_ms(self) -> dict[str, tuple[int, int]]:
-        """Half-open time range of every split there is, in order of time."""
-        first, last = -(1 << 62), 1 << 62
-        train, valid, test, until = (self.moment_ms(n) for n in ("train_from", "valid_from", "test_from", "test_until"))
-        end = last if until is None else until
-        starts = {"train": first if train is None else train, "valid": valid, "test": test}
-        names = [name for name, start in starts.items() if start is not None]
-        ends = [starts[name] for name in names[1:]] + [end]
-        return {name: (starts[name], stop) for name, stop in zip(names, ends, strict=True)}  # type: ignore[misc]
 
 
 class Fusion(Frozen):
@@ -100,13 +49,18 @@ class Fusion(Frozen):
 
 class Stage(Frozen):
     """One stage: a model that scores, and how many candidates go on. `exclude` hides features from the model;
+    `semantic_ids` says what it sees of their tokens (None: nothing);
     `tasks`: feedback labels that the model predicts, one logit each, and `fusion` how they become the stage's score
     (None: the logit of the only task); without tasks there is one logit, the score;
     `loss` trains the stage alone instead of with the others; `prior` adds the score of the stage before, times a
     learned factor, to the model's: the stage then learns what the stage before does not know. `epochs`: trains
     in the first so many epochs only (with a prior, 1: later on the stage before has seen the rows, and its scores
     flatter it); `lr`: in place of train.lr, the rate of its embeddings in proportion. `l2_touched`: penalty of the
-    rows of tables that a batch touches (None: the model's own, 0 for most); `l2_embedding`: of whole tables."""
+    rows of tables that a batch touches (None: the model's own, 0 for most); `l2_embedding`: of whole tables.
+    `item_cache`: how the bundle keeps what the model encodes of each item, if that follows from the item alone (None:
+    not); `micro_batch`: candidates scored at once when serving (None: all). `init_from`: a stage of a bundle, as
+    `<bundle>/<stage>`, whose weights the model starts with. `precision` and `compile`: how the trained stage is served
+    (`guard`)."""
 
     name: str = Option(pattern=r"^[a-z][a-z0-9_]*$")
     keep: int = Option(ge=1)
@@ -115,11 +69,22 @@ class Stage(Frozen):
     fusion: Fusion | None = None
     loss: dict[str, Any] | None = None
     exclude: tuple[str, ...] = ()
+    semantic_ids: StageSemanticIds | None = None
     prior: bool = False
     epochs: int | None = Option(default=None, ge=1)
     lr: float | None = Option(default=None, gt=0)
     l2_touched: float | None = Option(default=None, ge=0)
     l2_embedding: float = Option(default=0.0, ge=0)
+    item_cache: Literal["float16", "float32"] | None = "float16"
+    micro_batch: int | None = Option(default=None, ge=1)
+    init_from: str | None = None
+    precision: Precision = "fp32"
+    compile: bool = False
+
+    @field_validator("init_from")
+    @classmethod
+    def _of_any_folder(cls, value: str | None) -> str | None:
+        return value and storage.absolute(value)  # workers run in other folders
 
     @property
     def num_tasks(self) -> int:
@@ -144,6 +109,8 @@ class Stage(Frozen):
         if self.l2_touched and self.l2_embedding:
             raise ConfigError(f"{where}: l2_touched {self.l2_touched:g} and l2_embedding {self.l2_embedding:g} "
                               "penalise the same tables; set one of them to 0")
+        if self.compile and self.precision == "int8":
+            raise ConfigError(f"{where}: int8 products cannot be compiled; leave compile out, or set precision bf16")
         if tasks and not self._fits_itself():
             _refuse_other_losses(self)
         return self
@@ -215,11 +182,13 @@ class Train(Frozen):
 
 
 class Evaluate(Frozen):
-    """How to evaluate: requests per batch, the most requests of the split (None: all), days of recency popularity."""
+    """How to evaluate: requests per batch, the most requests of the split (None: all), days of recency popularity;
+    `bootstrap`: draws of requests for the 95% intervals of the slices (0: no intervals; 1,000 are usual)."""
 
     batch_size: int = Option(default=256, ge=1)
     max_requests: int | None = Option(default=None, ge=1)
     popularity_hours: int = Option(default=72, ge=1)
+    bootstrap: int = Option(default=0, ge=0)
 
 
 class Compare(Frozen):
@@ -243,6 +212,7 @@ class Config(Frozen):
     paths: Paths = Paths()
     dataset: dict[str, Any]
     splits: Splits = Splits()
+    semantic_ids: dict[str, SemanticIdsOptions] = {}
     stages: tuple[Stage, ...] = Option(min_length=1)
     loss: dict[str, Any] = {"name": "bce"}
     index: dict[str, Any] = {"name": "exact"}
@@ -250,6 +220,7 @@ class Config(Frozen):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
+    guard: Guard = Guard()
     expect: dict[str, float] = {}
 
     @model_validator(mode="after")
@@ -276,6 +247,7 @@ class Config(Frozen):
                     raise ConfigError(f"stages.{position} ({stage.name}): loss.{option} without tasks; list the tasks")
         if self.stages[0].prior:
             raise ConfigError(f"stages.0 ({self.stages[0].name}): prior needs a stage before it; remove it")
+        check_semantic_ids(self.semantic_ids, {stage.name: stage.semantic_ids for stage in self.stages})
         for folder, spec in (("datasets", self.dataset), ("losses", self.loss), ("indexes", self.index)):
             plugins.options(folder, spec, {"datasets": "dataset", "losses": "loss", "indexes": "index"}[folder])
         for label, spec in self.compare.objectives.items():
@@ -328,7 +300,8 @@ def _problem(error: ValidationError) -> str:
         if isinstance(part, str) and part in model.model_fields:
             model = {"paths": Paths, "splits": Splits, "stages": Stage, "lists": Lists, "train": Train,
                      "evaluate": Evaluate, "negatives": Negatives, "compare": Compare,
-                     "fusion": Fusion}.get(part, model)
+                     "semantic_ids": SemanticIdsOptions if model is Config else StageSemanticIds,
+                     "fusion": Fusion, "guard": Guard}.get(part, model)
     return plugins.first_problem(error, model)
 
 

@@ -1,7 +1,8 @@
 """Measuring a bundle on a split: logged lists and labels, the whole catalogue, and popularity and random beside them.
 
-A list may hold one candidate, as every row of a CTR table does. Accumulators are mergeable: any number of workers, any
-batch size, the same figures.
+A list may hold one candidate, as every row of a CTR table does. Everything is also measured on items that training has
+not seen or seldom seen (`slices.py`). Accumulators are mergeable: any number of workers, any batch size, the same
+figures.
 """
 
 import math
@@ -22,6 +23,7 @@ from raycascade.items import ItemTable
 from raycascade.keys import to_keys
 from raycascade.metrics import BINARY_METRICS, BinaryMetrics, ListMetrics
 from raycascade.schema import FIRST_ROW
+from raycascade.slices import FEWEST_POSITIVES, METRICS, SLICES, Slice, SliceFigures, members, training_impressions
 
 BASELINES = ("popularity", "random")
 ORDER_METRICS = ("auc", "gauc")
@@ -58,30 +60,43 @@ class CatalogueRecall:
 class Measured:
     """Everything that was measured of one bundle on one split; mergeable over workers.
 
-    `stages`: of every stage's score for the schema's positive label; `tasks`: of every task's logit for its own.
+    `stages`: of every stage's score for the schema's positive label; `tasks`: of every task's logit for its own;
+    `slices`: of every stage's score on each slice; `catalogues`: recall of the positives of each slice.
     """
 
     def __init__(
         self, names: tuple[str, ...], quotas: tuple[int, ...], k: int, *, tasks: tuple[str, ...] = (),
-        unscaled: tuple[str, ...] = (),
+        unscaled: tuple[str, ...] = (), draws: int = 0,
     ) -> None:
         """`tasks`: "<stage>/<task>" of every stage with tasks; `unscaled`: the stages whose scores are no logits, but
-        an order without probabilities."""
+        an order without probabilities; `draws`: of the intervals of the slices, 0 for none."""
         self.lists = ListMetrics(names, quotas, k)
-        self.stages, self.unscaled = {name: BinaryMetrics() for name in names}, unscaled
+        self.slices, self.unscaled = {name: {s: Slice(draws=draws) for s in SLICES} for name in names}, unscaled
         self.tasks = {name: BinaryMetrics() for name in tasks}
-        self.catalogue = CatalogueRecall()
+        self.catalogues = {name: CatalogueRecall() for name in SLICES}
         self.baseline_lists = {name: ListMetrics(names, quotas, k) for name in BASELINES}
         self.baseline_catalogue = {name: CatalogueRecall() for name in BASELINES}
+
+    @property
+    def stages(self) -> dict[str, BinaryMetrics]:
+        """Of all rows."""
+        return {name: slices["all"].predictions for name, slices in self.slices.items()}
+
+    @property
+    def catalogue(self) -> CatalogueRecall:
+        """Of all positives."""
+        return self.catalogues["all"]
 
     def merge(self, other: "Measured") -> None:
         """Adds what another worker measured."""
         self.lists.merge(other.lists)
-        for name, stage in self.stages.items():
-            stage.merge(other.stages[name])
+        for name, slices in self.slices.items():
+            for kind, one in slices.items():
+                one.merge(other.slices[name][kind])
         for name, task in self.tasks.items():
             task.merge(other.tasks[name])
-        self.catalogue.merge(other.catalogue)
+        for name, recall in self.catalogues.items():
+            recall.merge(other.catalogues[name])
         for name in BASELINES:
             self.baseline_lists[name].merge(other.baseline_lists[name])
             self.baseline_catalogue[name].merge(other.baseline_catalogue[name])
@@ -103,6 +118,22 @@ class Measured:
             found[name] = {metric: value for metric, value in measures.result().items() if metric in kept}
         return found
 
+    def slice_figures(self) -> list[SliceFigures]:
+        """Slice by slice: every stage's score against the positive label, where the log has one, then the catalogue's
+        recalls, which are shares of positives: only those can be too few."""
+        found = []
+        for kind in SLICES:
+            for name, slices in self.slices.items():
+                metrics = ORDER_METRICS if name in self.unscaled else METRICS
+                if self.stages[name].num_rows:
+                    found.append(slices[kind].figures(kind, name, metrics=metrics))
+            recall = self.catalogues[kind]
+            if self.catalogue.positives:
+                enough = recall.positives >= FEWEST_POSITIVES
+                found.append(SliceFigures(kind, "", recall.requests, recall.positives,
+                                          recall.result() if enough else None))
+        return found
+
     def baselines(self) -> dict[str, dict[str, float]]:
         """The same names for recency popularity and for random (its expected value on the catalogue)."""
         return {name: {**self.baseline_catalogue[name].result(), **self.baseline_lists[name].result()}
@@ -117,7 +148,9 @@ class Evaluator:
         stages = bundle.config.stages
         self.measured = Measured(bundle.cascade.names, bundle.cascade.quotas, bundle.config.lists.k,
                                  tasks=tuple(f"{stage.name}/{task}" for stage in stages for task in stage.tasks),
-                                 unscaled=tuple(s.name for s in stages if not _is_logit(bundle, s)))
+                                 unscaled=tuple(s.name for s in stages if not _is_logit(bundle, s)),
+                                 draws=bundle.config.evaluate.bootstrap)
+        self.impressions_N = training_impressions(bundle.items)  # by item row
         self.popularity = Popularity(bundle.items, bundle.config.evaluate.popularity_hours)
 
     @torch.no_grad()
@@ -125,11 +158,11 @@ class Evaluator:
         """Adds encoded requests of a split."""
         bundle = self.bundle
         batch = collate(requests, bundle.items, keep=bundle.cascade.quotas, k=bundle.config.lists.k)
-        self._on_lists(batch, to_keys(requests["user_key"]))
+        self._on_lists(batch, to_keys(requests["user_key"]), to_keys(requests["request_id"]))
         if bundle.state.schema.positive and bundle.cascade.searches:
             self._on_catalogue(batch, requests)
 
-    def _on_lists(self, batch: Batch, users_Q: np.ndarray) -> None:
+    def _on_lists(self, batch: Batch, users_Q: np.ndarray, requests_Q: np.ndarray) -> None:
         assert batch.targets is not None
         logits = self.bundle.cascade.logits(batch)
         scores = self.bundle.cascade.scores_from(logits)
@@ -139,18 +172,20 @@ class Evaluator:
         for name in BASELINES:
             same = dict.fromkeys(scores, flat[name])
             self.measured.baseline_lists[name].update(same, batch.targets, batch.request_ids, batch.candidates_QC)
-        self._on_labels(batch, users_Q, logits, scores)
+        self._on_labels(batch, users_Q, requests_Q, logits, scores)
 
     def _on_labels(
-        self, batch: Batch, users_Q: np.ndarray, logits: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+        self, batch: Batch, users_Q: np.ndarray, requests_Q: np.ndarray, logits: Mapping[str, Tensor],
+        scores: Mapping[str, Tensor],
     ) -> None:
         assert batch.targets is not None
         labels, mask_QC = batch.targets.labels, batch.mask_QC
         known = {name: torch.where(mask_QC, label_QC, torch.nan) for name, label_QC in labels.items()}
         positive = self.bundle.state.schema.positive
+        of_slice = members(self.impressions_N[batch.candidates_QC.numpy()])
         for stage in self.bundle.config.stages:
-            if positive in known:
-                self.measured.stages[stage.name].update(scores[stage.name], known[positive], users_Q)
+            for name, one in self.measured.slices[stage.name].items() if positive in known else ():
+                one.update(scores[stage.name], known[positive], of_slice[name], users_Q, requests_Q)
             for task, logits_QC in zip(stage.tasks, logits[stage.name].unbind(2), strict=False):
                 self.measured.tasks[f"{stage.name}/{task}"].update(logits_QC, known[task], users_Q)
 
@@ -162,21 +197,28 @@ class Evaluator:
         if len(chosen) == 0:
             return
         truth = _rows_of(batch.candidates_QC[chosen], truth_QC[chosen])
+        known = [members(self.impressions_N[rows]) for rows in truth]
+        truths = {name: [rows[which[name]] for rows, which in zip(truth, known, strict=True)] for name in SLICES}
         bare = self.bundle.batch(requests.take(chosen))
         ranking = self.bundle.cascade.recommend(bare, self.bundle.index, self.bundle.items)
-        for accumulator in (self.measured.catalogue, *self.measured.baseline_catalogue.values()):
-            accumulator.positives += int(sum(map(len, truth)))
-            accumulator.requests += len(truth)
-        self._count(ranking, truth, bare)
+        for name, accumulator in [*self.measured.catalogues.items(),
+                                  *(("all", one) for one in self.measured.baseline_catalogue.values())]:
+            accumulator.positives += sum(map(len, truths[name]))
+            accumulator.requests += sum(1 for rows in truths[name] if len(rows))
+        for name, accumulator in self.measured.catalogues.items():
+            self._count(accumulator, ranking, truths[name])
+        self._count_baselines(truth, bare)
 
-    def _count(self, ranking: Ranking, truth: list[np.ndarray], batch: Batch) -> None:
-        keeps, measured = self.bundle.cascade.keeps, self.measured
+    def _count(self, accumulator: CatalogueRecall, ranking: Ranking, truth: list[np.ndarray]) -> None:
+        keeps = self.bundle.cascade.keeps
         for stage, keep in zip(ranking.stages, keeps, strict=True):
             for width in sorted({width for width in keeps if width <= keep}, reverse=True):
-                hits = count_hits(stage.kept(width)[0], truth)
-                measured.catalogue.add(f"recall@{width}/{stage.name}", hits)
+                accumulator.add(f"recall@{width}/{stage.name}", count_hits(stage.kept(width)[0], truth))
                 if width == keep:
-                    measured.catalogue.hits[f"recall@{width}"] = measured.catalogue.hits[f"recall@{width}/{stage.name}"]
+                    accumulator.hits[f"recall@{width}"] = accumulator.hits[f"recall@{width}/{stage.name}"]
+
+    def _count_baselines(self, truth: list[np.ndarray], batch: Batch) -> None:
+        keeps, measured = self.bundle.cascade.keeps, self.measured
         exclude = batch.exclude or tuple(np.zeros(0, np.int64) for _ in truth)
         popular_QK = self.popularity.top(exclude, max(keeps))
         free_Q = [max(1, self.bundle.items.num_items - len(np.unique(rows))) for rows in exclude]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from raycascade import storage
 from raycascade.counters import Counters
 from raycascade.errors import DataError
-from raycascade.keys import Vocabulary
+from raycascade.keys import Vocabulary, exact_ids
 from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import (
     FIRST_ROW,
@@ -43,6 +43,7 @@ from raycascade.schema import (
 
 CLOCK_SIZES = {"weekday": 7, "hour": 24, "minute": 60}
 DENSE_LIMIT = 5.0  # normalised values are clipped to +-5
+KEY = "_key"  # behind the name of a field: exact ids of its values
 MOST_LISTED = 64  # values of an event's id that models know by name
 
 
@@ -139,8 +140,9 @@ class FeatureState:
         name = feature.name
         if isinstance(feature, IdsFeature):
             table = feature.vocabulary or name
-            return [Field(name=name, side=side, form="ids", table=table, num_rows=self.vocabularies[table].num_rows,
-                          width=feature.max_len, pool=feature.pool)]
+            field = Field(name=name, side=side, form="ids", table=table, num_rows=self.vocabularies[table].num_rows,
+                          width=feature.max_len, pool=feature.pool)
+            return [field, Field(name=f"{name}_missing", side=side, form="dense")] if feature.given else [field]
         if isinstance(feature, IdFeature):
             table = feature.vocabulary or name
             return [Field(name=name, side=side, form="id", table=table, num_rows=self.vocabularies[table].num_rows,
@@ -282,7 +284,9 @@ class FeatureState:
         return columns
 
     def encode_items(self, table: pa.Table, *, where: str) -> pa.Table:
-        """Raw items -> encoded items, same row order (position p is item row p + 2), the raw id kept as `item_key`."""
+        """Raw items -> encoded items, same row order (position p is item row p + 2), the raw id kept as `item_key`.
+
+        Ids whose rows do not tell all values apart also have `<name>_key` (`exact_ids`), for counting equal ones."""
         columns: dict[str, object] = {"item_key": table["item_id"]}
         for feature in self.schema.side("item"):
             if isinstance(feature, IdsFeature) and feature.given:
@@ -290,6 +294,8 @@ class FeatureState:
             if isinstance(feature, IdFeature | DenseFeature | VectorFeature):
                 require_columns(table, [feature.name], where=where)
                 columns |= self.encode_column(table, feature, where=where)
+                if isinstance(feature, IdFeature) and self._is_blurred(feature):
+                    columns[f"{feature.name}{KEY}"] = _exact_column(table, feature)
             elif isinstance(feature, AgeFeature):
                 require_columns(table, [feature.source], where=where)
                 columns[f"{feature.name}_source_ms"] = pc.fill_null(table[feature.source].cast(pa.int64()), 0)
@@ -299,6 +305,10 @@ class FeatureState:
                 rows = np.where(source_ms > 0, clock_rows(source_ms, feature), UNKNOWN)
                 columns[feature.name] = pa.array(rows.astype(np.int32))
         return pa.table(columns)
+
+    def _is_blurred(self, feature: IdFeature) -> bool:
+        """Whether different values can have one row: that of their bucket, or of all that are rare."""
+        return bool(self.vocabularies[feature.vocabulary or feature.name].buckets) or feature.min_count > 1
 
     # ---- files
     def save(self, uri: str) -> None:
@@ -319,8 +329,8 @@ class FeatureState:
 
     @classmethod
     def load(cls, uri: str, *, with_counters: bool = True) -> "FeatureState":
-        """The inverse of `save`; Arrow files on a local disk are memory-mapped. Encoding does not read the counters,
-        which are the largest part: without them the state is small."""
+        """The inverse of `save`; Arrow files on a local disk are memory-mapped. Encoding needs no counters, the largest
+        part."""
         state = storage.read_json(storage.join(uri, "state.json"))
 
         def vocabulary(file: str, buckets: int | None, given: int | None = None) -> Vocabulary:
@@ -341,6 +351,13 @@ class FeatureState:
             label_rates=state["label_rates"],
             label_counts={n: (observed, ones) for n, (observed, ones) in state.get("label_counts", {}).items()},
         )
+
+
+def _exact_column(table: pa.Table, feature: IdFeature) -> pa.Array:
+    if not isinstance(feature, IdsFeature):
+        return pa.array(exact_ids(table[feature.name]))
+    lists = Ragged.from_arrow(table[feature.name])
+    return lists.with_values(exact_ids(lists.values)).to_arrow()
 
 
 def _listed(vocabulary: Vocabulary) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from raycascade.features import DenseStats, FeatureState, dense_column, signed_l
 from raycascade.keys import Vocabulary, fold, to_keys
 from raycascade.ragged import Ragged, id_lists, parallel_lists
 from raycascade.schema import (
+    FIRST_ROW,
     AgeFeature,
     ClockFeature,
     DenseFeature,
@@ -307,10 +308,13 @@ def merged(schema: FeatureSchema, parts: Iterable[FitPart]) -> FitPart:
     return whole
 
 
-def declared_space(schema: FeatureSchema) -> FeatureSpace:
+def declared_space(schema: FeatureSchema, given: Iterable[IdsFeature] = ()) -> FeatureSpace:
     """What models will see once the schema is fitted, before any log is read: vocabularies that grow with the log are
-    empty, hashed ones have their size, and every dense feature has its indicator of missing values."""
+    empty, hashed ones have their size, and every dense feature has its indicator of missing values. `given` features
+    will be added."""
     state = FitPart(schema).finish(pa.table({"item_id": pa.array([], pa.int64())}), as_of_ms=0)
+    for feature in given:
+        state = state.with_given(feature, FIRST_ROW)
     missing = {name: stats.model_copy(update={"missing": True}) for name, stats in state.dense.items()}
     return replace(state, dense=missing).space
 

@@ -1,14 +1,16 @@
 """The catalogue in memory: encoded fields by item row, stored once and gathered where they are needed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from raycascade.features import FeatureState
+from raycascade.errors import DataError
+from raycascade.features import KEY, FeatureState
 from raycascade.ragged import Ragged
 from raycascade.schema import (
     FIRST_ROW,
@@ -34,6 +36,7 @@ class ItemTable:
     source_ms: Mapping[str, np.ndarray]  # of age features
     keys: pa.Array  # raw item ids, position p is row p + 2
     count_stats: Mapping[str, tuple[float, float]]
+    num_counted: int | None = None  # items that the catalogue's mean counts are over; None: all
 
     @classmethod
     def from_encoded(cls, table: pa.Table, state: FeatureState) -> "ItemTable":
@@ -44,8 +47,10 @@ class ItemTable:
             if isinstance(feature, AgeFeature):
                 source_ms[feature.name] = _with_special_rows(table[f"{feature.name}_source_ms"].to_numpy(), 0)
             elif isinstance(feature, IdsFeature):
-                values, _ = Ragged.from_arrow(table[feature.name]).pad(feature.max_len, np.int32)
+                values, mask = Ragged.from_arrow(table[feature.name]).pad(feature.max_len, np.int32)
                 static[feature.name] = _with_special_rows(values, 0)
+                if feature.given:
+                    static[f"{feature.name}_missing"] = _with_special_rows((~mask).all(1).astype(np.float32), 1)
             elif isinstance(feature, IdFeature | ClockFeature):
                 static[feature.name] = _with_special_rows(table[feature.name].to_numpy(), 1)
             elif isinstance(feature, VectorFeature):
@@ -56,9 +61,26 @@ class ItemTable:
                 if state.dense[feature.name].missing:
                     indicator = f"{feature.name}_missing"
                     static[indicator] = _with_special_rows(table[indicator].to_numpy(), 1)
+            if (name := f"{feature.name}{KEY}") in table.column_names:
+                static[name] = _with_special_rows(_key_values(table[name], feature), 0)
         keys = table["item_key"].combine_chunks()
         bare = cls(state, static, source_ms, keys, {})
         return cls(state, static, source_ms, keys, bare._fit_counts())
+
+    def with_items(self, encoded: pa.Table) -> "ItemTable":
+        """The same catalogue with more items behind it, which have no counts; what was fitted stays as it is.
+        DataError for an item that is there already."""
+        more = ItemTable.from_encoded(encoded, self.state)
+        known = pa.concat_arrays([self.keys, more.keys.cast(self.keys.type)])
+        counts = pc.value_counts(known)
+        if len(twice := counts.filter(pc.greater(counts.field(1), 1))):
+            raise DataError(f"items: {twice[0]['values']} is in the catalogue already; leave it out")
+
+        def behind(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: np.concatenate([values, new[name][FIRST_ROW:]]) for name, values in old.items()}
+
+        return ItemTable(self.state, behind(self.static, more.static), behind(self.source_ms, more.source_ms), known,
+                         self.count_stats, self.num_counted or self.num_items)
 
     @property
     def num_items(self) -> int:
@@ -69,6 +91,11 @@ class ItemTable:
     def all_rows(self) -> np.ndarray:
         """The item rows of the whole catalogue [N]."""
         return np.arange(FIRST_ROW, FIRST_ROW + self.num_items)
+
+    def with_keys(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names of static fields, and of the exact ids of their values where there are any."""
+        names = tuple(names)
+        return (*names, *(f"{name}{KEY}" for name in names if f"{name}{KEY}" in self.static))
 
     def ids_of(self, rows: np.ndarray) -> list[object]:
         """Raw ids of item rows; None for padding and unknown."""
@@ -108,7 +135,8 @@ class ItemTable:
         window_ms = None if feature.window_hours is None else feature.window_hours * 3_600_000
         counts = self.state.counters.as_of(rows, np.asarray(time_ms), feature.label, window_ms)
         if feature.relative:
-            mean = self.state.counters.volume(time_ms, feature.label, window_ms) / max(1, self.num_items)
+            num_items = max(1, self.num_counted or self.num_items)
+            mean = self.state.counters.volume(time_ms, feature.label, window_ms) / num_items
             return np.log1p(counts) - np.log1p(mean)
         if not feature.rate:
             return np.log1p(counts)
@@ -132,6 +160,13 @@ def age_rows(age_ms: np.ndarray, known: np.ndarray) -> np.ndarray:
     seconds = np.maximum(age_ms, 0) / 1000.0
     bucket = np.minimum(NUM_AGE_BUCKETS - 1, np.floor(np.log2(1.0 + seconds))).astype(np.int64)
     return np.where(known, bucket + FIRST_ROW, UNKNOWN)
+
+
+def _key_values(column: pa.ChunkedArray, feature: object) -> np.ndarray:
+    """Exact ids [N], or [N, V] of lists."""
+    if isinstance(feature, IdsFeature):
+        return Ragged.from_arrow(column).pad(feature.max_len, np.int64)[0]
+    return column.to_numpy()
 
 
 def _with_special_rows(values: np.ndarray, unknown: int) -> np.ndarray:

@@ -218,7 +218,7 @@ class BinaryMetrics:
         self._chunks.extend(other._chunks)
         self._found = None
 
-    def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits, labels and groups of all rows; the chunks become one, so that nothing is held twice."""
         if not self._chunks:
             return np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int64)
@@ -231,13 +231,18 @@ class BinaryMetrics:
         """Rows with an observed label."""
         return sum(len(logits) for logits, _, _ in self._chunks)
 
+    @property
+    def num_positives(self) -> int:
+        """Rows with a positive label."""
+        return sum(int(labels.sum()) for _, labels, _ in self._chunks)
+
     def result(self) -> dict[str, float]:
         """The BINARY_METRICS by name."""
         self._found = self._found or self._measured()
         return dict(self._found)
 
     def _measured(self) -> dict[str, float]:
-        logits, labels, groups = self._columns()
+        logits, labels, groups = self.columns()
         if len(logits) == 0:
             return dict.fromkeys(BINARY_METRICS, math.nan)
         auc, _ = grouped_auc(logits, labels, np.zeros(len(logits), np.int8))
@@ -252,12 +257,12 @@ class BinaryMetrics:
 
     def num_skipped_groups(self) -> int:
         """Groups that GAUC leaves out because all their labels are equal."""
-        return grouped_auc(*self._columns())[1]
+        return grouped_auc(*self.columns())[1]
 
     def calibration_curve(self, bins: int = CALIBRATION_BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(mean prediction, rate of positives, rows) of bins of equal mass, by rising prediction. Tied predictions
         share their rate, so that no order within a tie can look like an error."""
-        logits, labels, _ = self._columns()
+        logits, labels, _ = self.columns()
         order = np.argsort(logits, kind="stable")
         _, inverse, counts = np.unique(logits[order], return_inverse=True, return_counts=True)
         rate = (np.bincount(inverse, labels[order], minlength=len(counts)) / counts)[inverse]

@@ -7,6 +7,7 @@ from html import escape
 
 from raycascade import drawing
 from raycascade.drawing import NONE, STYLE, Points, number, percent
+from raycascade.slices import FEWEST_POSITIVES, FEWEST_ROWS, METRICS, MOST_OF_TAIL, TOO_FEW, SliceFigures
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True)
+class VariantResult:
+    """A stage as it is served beside itself in float32, uncompiled. None: not defined on the requests of the guard."""
+
+    stage: str
+    served: str  # such as "int8" or "bf16, compiled"
+    requests: int
+    auc_fp32: float | None
+    auc_change: float | None
+    overlap: float | None  # share of the kept candidates that are the same
+    non_finite: int
+
+
+@dataclass(frozen=True)
 class FeatureImportance:
     """What a column does in a stage of trees: mean gain of its splits, mean |SHAP value| in units of the logit."""
 
@@ -84,8 +98,10 @@ class Report:
     kept_to_the_end: int | None = None  # positives that no stage dropped; beside the stages' `lost`
     losses: Sequence[StageLosses] = ()
     predictions: Sequence[PredictionResult] = ()
+    slices: Sequence[SliceFigures] = ()
     calibration: Mapping[str, Sequence[CalibrationBin]] = field(default_factory=dict)  # by task or stage
     importance: Mapping[str, Sequence[FeatureImportance]] = field(default_factory=dict)  # by stage or task, best first
+    variants: Sequence[VariantResult] = ()
     curves: Mapping[str, Points] = field(default_factory=dict)  # part of the loss -> (step, value)
     validation: Mapping[str, Points] = field(default_factory=dict)  # name -> (epoch, value)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -96,8 +112,8 @@ class Report:
 
 def render_report(content: Report) -> str:
     """The whole page; the same content gives the same bytes, and every text in it is escaped."""
-    sections = (_survival, _stages, _losses, _predictions, _calibration, _importance, _training, _metrics, _facts,
-                _config)
+    sections = (_survival, _stages, _losses, _predictions, _slices, _calibration, _importance, _variants, _training,
+                _metrics, _facts, _config)
     title = escape(content.title)
     summary = f"<p class='lead'>{escape(content.summary)}</p>" if content.summary else ""
     return (
@@ -205,6 +221,36 @@ def _predictions(content: Report) -> str:
     return drawing.section("Predictions of labels", text, drawing.table("Predictions", columns, rows)) if rows else ""
 
 
+def _slices(content: Report) -> str:
+    """Figures on new items and rare ones, beside those on all."""
+    stages = [one for one in content.slices if one.stage]
+    rows = [[one.stage, one.slice, number(one.rows), number(one.positives), *_measures(one, METRICS)] for one in
+            sorted(stages, key=lambda one: [s.stage for s in stages].index(one.stage))]
+    searches = [one for one in content.slices if not one.stage]
+    recalls = list(dict.fromkeys(name for one in searches for name in one.metrics or ["recall"] if "/" not in name))
+    recalls = [name for name in recalls if name != "recall"] or recalls
+    found = [[one.slice, number(one.rows), number(one.positives), *_measures(one, recalls)] for one in searches]
+    tables = drawing.table("Candidates", ["Stage", "Items", "Candidates", "Positives", *METRICS], rows) if rows else ""
+    if found:
+        tables += drawing.table("Retrieval", ["Items", "Requests", "Positives", *recalls], found)
+    text = (f"Cold items have no impression in the training split, those of the tail have 1 to {MOST_OF_TAIL}. Below "
+            f"{FEWEST_ROWS:,} candidates or {FEWEST_POSITIVES} positives there are {TOO_FEW} to say something. Recalls "
+            "of cold items are searched in the whole catalogue.")
+    return drawing.section("New items and rare ones", text, tables) if tables else ""
+
+
+def _measures(one: SliceFigures, names: Sequence[str]) -> list[str]:
+    """Values of the metrics with their intervals."""
+    if one.metrics is None:
+        return [TOO_FEW for _ in names]
+    texts = []
+    for name in names:
+        low_high = one.intervals.get(name)
+        beside = f" ({number(low_high[0])} to {number(low_high[1])})" if low_high else ""
+        texts.append(number(one.metrics.get(name)) + beside)
+    return texts
+
+
 def _calibration(content: Report) -> str:
     figures, tables = "", ""
     for name, bins in ((name, bins) for name, bins in content.calibration.items() if bins):
@@ -236,6 +282,19 @@ def _importance(content: Report) -> str:
     text = ("Stages of trees. Mean |SHAP| is how far a feature moves a candidate's score on average, gain how much a "
             "split by it improves the objective.")
     return drawing.section("Feature importance", text, tables) if tables else ""
+
+
+def _variants(content: Report) -> str:
+    rows = [[one.stage, one.served, number(one.requests), number(one.auc_fp32), _signed(one.auc_change),
+             number(one.overlap), number(one.non_finite)] for one in content.variants]
+    columns = ["Stage", "Served as", "Requests", "AUC in fp32", "Change of AUC", "Same candidates kept", "Not finite"]
+    text = ("Stages that are served in fewer bits or compiled, each beside itself in float32 on the same requests and "
+            "candidates, measured when the training ended.")
+    return drawing.section("As served", text, drawing.table("As served", columns, rows)) if rows else ""
+
+
+def _signed(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.6f}"
 
 
 def _training(content: Report) -> str:

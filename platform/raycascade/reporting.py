@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -18,6 +19,7 @@ from raycascade.report import (
     StageLosses,
     StageResult,
     SurvivalPoint,
+    VariantResult,
 )
 
 
@@ -43,7 +45,9 @@ def describe(bundle: Bundle, measured: Measured, *, split: str, moment: str) -> 
         survival=_survival(bundle, metrics, baselines), stages=_stages(bundle, measured, metrics),
         kept_to_the_end=int(recall.hits.get(f"recall@{bundle.cascade.keeps[-1]}", 0)) if recall.positives else None,
         losses=stage_losses(bundle.cascade.names, bundle.cascade.quotas, metrics),
-        predictions=_predictions(measured), calibration=_calibration(bundle, measured), importance=_importance(bundle),
+        predictions=_predictions(measured), slices=measured.slice_figures(),
+        calibration=_calibration(bundle, measured), importance=_importance(bundle),
+        variants=variant_results(training),
         curves={name: points for name, points in curves.items() if name not in validation}, validation=validation,
         metrics=metrics, baselines=baselines, facts=facts,
         config_yaml=yaml.safe_dump(bundle.config.model_dump(mode="json"), sort_keys=False),
@@ -123,6 +127,14 @@ def _calibration(bundle: Bundle, measured: Measured) -> dict[str, Sequence[Calib
     curves = {label: seen.calibration_curve() for label, seen in predictions.items() if seen.num_rows}
     return {label: [CalibrationBin(float(p), float(o), int(n)) for p, o, n in zip(*curve, strict=True)]
             for label, curve in curves.items()}
+
+
+def variant_results(training: Mapping[str, Any]) -> list[VariantResult]:
+    """What the guard has measured, from a bundle's metrics.json; empty where it had nothing to do."""
+    stages = training.get("guard", {}).get("stages", {})
+    return [VariantResult(name, one["precision"] + (", compiled" if one["compile"] else ""), one["requests"],
+                          one["auc_fp32"], one["auc_change"], one["overlap"], one["non_finite"])
+            for name, one in stages.items()]
 
 
 def _importance(bundle: Bundle) -> dict[str, list[FeatureImportance]]:

@@ -42,12 +42,15 @@ class IdFeature(Frozen):
 
 class IdsFeature(IdFeature):
     """Several categories per row (tags); at most `max_len` are read, in their order, and `pool` is what models make of
-    them. `given`: the rows come encoded, as those of semantic ids; no log holds them."""
+    them. `given`: the rows come encoded, as those of semantic ids; no log holds them. They are made from the
+    vector feature `content`, with the rows of the id features `added` behind them."""
 
     kind: Literal["ids"] = "ids"  # pyright: ignore[reportIncompatibleVariableOverride]
     max_len: int = Option(default=8, ge=1)
     pool: Literal["mean", "sum"] = "mean"
     given: bool = False
+    content: str = ""
+    added: tuple[str, ...] = ()
 
 
 class DenseFeature(Frozen):

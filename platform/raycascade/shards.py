@@ -2,6 +2,7 @@
 
     <root>/manifest.json              names the current version and every file of it
     <root>/v-<id>/requests/<split>/part-00000.parquet   users/part-00000.parquet   items/part-00000.parquet   features/
+                  semantic_ids/<name>/            where the config declares some
 
 Readers open only what the manifest names, so a half-written version is invisible. This file owns the format: writer
 helpers, reader and version stand here.
@@ -144,6 +145,11 @@ class Shards:
         from raycascade.items import ItemTable  # needs torch, which those who write shards do without
 
         return ItemTable.from_encoded(self.table("items"), self.state)
+
+    @property
+    def semantic_ids(self) -> dict[str, str]:
+        """Folders of the frozen semantic ids by name."""
+        return {name: storage.join(self.folder, "semantic_ids", name) for name in self.manifest.get("semantic_ids", {})}
 
     def files(self, prefix: str) -> list[str]:
         """Names of the Parquet files below a prefix such as requests/train, in order."""

@@ -26,6 +26,7 @@ from raycascade.flows import train as flow
 from raycascade.flows.evaluate import evaluate
 from raycascade.flows.train import train
 from raycascade.shards import Shards
+from raycascade.slices import by_name
 from raycascade.training.checkpoint import Progress
 from raycascade.training.loop import Run, Save
 from tests.tiny_shards import train_config, write_shards
@@ -230,6 +231,11 @@ def test_evaluation_on_ray_is_the_evaluation_in_the_process(one: dict[str, Any])
     assert found["metrics"] == pytest.approx(evaluator.measured.metrics(), abs=1e-6)
     for name, figures in evaluator.measured.baselines().items():
         assert found["baselines"][name] == pytest.approx(figures, abs=1e-9)
+    slices = by_name(evaluator.measured.slice_figures())
+    assert set(slices) == {"all", "cold", "tail"}
+    for name, figures in slices.items():
+        assert found["slices"][name] == pytest.approx(figures, abs=1e-6)
+    assert json.loads(Path(bundle.uri, "evaluation.test.json").read_text())["slices"] == found["slices"]
     assert Path(found["report"]).read_text().startswith("<!DOCTYPE html>")
     assert {"loss", "rows", "rows_per_s", "train_seconds"} <= one.keys()
 

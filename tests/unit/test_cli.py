@@ -34,6 +34,7 @@ DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
     ["bogus"], ["train"], ["score", "x", "--requests"], ["prepare", "nothing.yaml"], ["prepare", DEMO, "train.epocs=2"],
     ["compare", DEMO], ["compare", DEMO, "--losses", "bce,lcorn"], ["compare", DEMO, "--losses", "bce", "--seeds", "0"],
     ["prepare", DEMO, "no-equals-sign"], ["evaluate", "/no/such/bundle"], ["evaluate", "/no/such/bundle", "train.lr=1"],
+    ["semantic-ids", DEMO], ["semantic-ids", DEMO, "semantic_ids.main.contents=x"],
     ["explain", "/no/such/bundle", "--user", "1", "--item", "2"],
 ])
 def test_wrong_usage_or_input_is_one_line_and_exit_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):

@@ -20,6 +20,9 @@ from raycascade.datasets._impressions import to_requests
 from raycascade.fitting import FitPart, required_columns
 from raycascade.items import ItemTable
 from raycascade.schema import Feature, FeatureSchema
+from raycascade.semantic_ids.rqvae import RQVAE
+from raycascade.semantic_ids.tokenizers import Tokenizer
+from raycascade.semantic_ids_config import SemanticIdsOptions, StageSemanticIds
 from raycascade.serving.gateway import Answer
 from raycascade.serving.requests import Query
 
@@ -27,9 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"dataset": "datasets", "model": "models", "loss": "losses", "index": "indexes"}
 SECTIONS = {
     "Whole config": config.Config, "`paths`": config.Paths, "`splits`": config.Splits, "`stages`": config.Stage,
-    "`stages.fusion`": config.Fusion,
+    "`stages.fusion`": config.Fusion, "`stages.semantic_ids`": StageSemanticIds,
+    "`semantic_ids`": SemanticIdsOptions, "`semantic_ids.rqvae`": RQVAE.Config,
+    "`semantic_ids.tokenizer`": Tokenizer.Config,
     "`lists`": config.Lists, "`train`": config.Train, "`train.negatives`": config.Negatives,
-    "`evaluate`": config.Evaluate, "`compare`": config.Compare,
+    "`evaluate`": config.Evaluate, "`compare`": config.Compare, "`guard`": config.Guard,
     **{f"`{word}: {{name: {name}}}`": plugins.find(folder, name).Config
        for word, folder in FOLDERS.items() for name in plugins.names(folder)},
 }

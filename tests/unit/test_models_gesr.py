@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from raycascade import plugins
 from raycascade.batch import Batch, Targets, collate
 from raycascade.errors import ConfigError, DataError
+from raycascade.item_cache import ItemCache
 from raycascade.items import ItemTable
 from raycascade.models import _match_attention
 from raycascade.models._cross_attention import CrossAttention
-from raycascade.models._encoded_items import encode_catalogue, gather_items
+from raycascade.models._encoded_items import encode_catalogue, score_from_cache
 from raycascade.models._gating import GatedLogits
 from raycascade.models._match import ComparedEvents
 from raycascade.models.gesr import with_towers_of
@@ -251,11 +252,13 @@ def test_a_cache_of_the_catalogue_gives_the_logits_of_live_items(
     items, batch = world
     space = items.state.space.without(("age", "views"))  # what changes with time is not cached as of the request
     model = build(name, options, space=space, generic=False).float()
-    cache = encode_catalogue(model, items, chunk=50)
-    assert {len(values) for values in cache.values()} == {tiny_world.NUM_ITEMS + FIRST_ROW}
-    assert {str(values.dtype) for key, values in cache.items() if key.startswith("ids.")} <= {"int64"}
-    encoded = gather_items(cache, batch.candidates_QC, like=next(model.parameters()))
-    cached = model.score_encoded(model.encode_request(batch), encoded, batch)
+    names = tuple(field.name for field in space.of("item"))
+    pieces = list(encode_catalogue(model, items, names, chunk=50))
+    arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    assert {len(values) for values in arrays.values()} == {tiny_world.NUM_ITEMS + FIRST_ROW}
+    assert {values.dtype for key, values in arrays.items() if key.startswith("ids.")} <= {torch.int64}
+    cache = ItemCache({name: (x.half() if x.is_floating_point() else x).numpy() for name, x in arrays.items()})
+    cached = score_from_cache(model, model.encode_request(batch), replace(batch, item={}), cache, items, names)
     live = model(batch)
     assert (cached - live).abs().max() < 1e-2
     kept = [logits[:, :, 0].topk(40).indices for logits in (cached, live)]

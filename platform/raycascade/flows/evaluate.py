@@ -12,15 +12,17 @@ from raycascade.flows._cluster import gather, num_cores
 from raycascade.report import render_report
 from raycascade.reporting import describe
 from raycascade.shards import Shards
+from raycascade.slices import by_name
 from raycascade.trial import limited
 
 
 def evaluate(uri: str, *, split: str = "test") -> dict[str, Any]:
-    """Measures a bundle on the shards it was trained from; returns {"metrics", "baselines", "report"}.
+    """Measures a bundle on the shards it was trained from; returns {"metrics", "baselines", "slices", "report"}.
 
+    `slices`: figures on all rows, on those of items that training never saw (cold), and on those of the tail.
     ExpectationError (after the report is written) where a figure is below the config's `expect`.
     """
-    bundle = load_bundle(uri)
+    bundle = load_bundle(uri, served=())
     shards = Shards.open(bundle.config.paths.shards)
     if shards.manifest["fingerprint"] != bundle.manifest["fingerprint"]:
         raise BundleError(f"{uri}: made for schema {bundle.manifest['fingerprint']}, but the shards at "
@@ -39,10 +41,13 @@ def evaluate(uri: str, *, split: str = "test") -> dict[str, Any]:
     report = storage.join(bundle.uri, "report.html")
     page = render_report(describe(bundle, total, split=split, moment=moment))
     storage.write_bytes(report, page.encode())
-    figures = {"metrics": metrics, "baselines": baselines}
+    slices = by_name(total.slice_figures())
+    figures = {"metrics": metrics, "baselines": baselines, "slices": slices}
     storage.write_json(storage.join(bundle.uri, f"evaluation.{split}.json"), figures)
-    check_expectations(bundle, metrics)
-    return {"metrics": metrics, "baselines": baselines, "report": report}
+    sliced = {f"{kind}/{name}": value for kind, values in slices.items() for name, value in values.items()
+              if not isinstance(value, str)}
+    check_expectations(bundle, {**metrics, **sliced})
+    return {**figures, "report": report}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ def check_same_features(bundle: Bundle, shards: Shards) -> None:
     """BundleError where the shards were prepared anew since the training: their rows would mean other values."""
     theirs = {name: facts["sha256"] for name, facts in shards.manifest["files"].items() if name.startswith("features/")}
     differs = [name for name, digest in theirs.items() if bundle.manifest["files"].get(name) != digest]
+    differs += [f"semantic_ids/{name}" for name, version in shards.manifest.get("semantic_ids", {}).items()
+                if bundle.manifest.get("semantic_ids", {}).get(name) != version]
     if differs:
         raise BundleError(f"{bundle.uri}: {differs[0]} is not the one of the shards at {bundle.config.paths.shards}, "
                           "which were prepared anew; train again on them")

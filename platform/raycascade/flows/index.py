@@ -1,4 +1,4 @@
-"""index: the item vectors and the index of a bundle, built again into a new bundle."""
+"""index: the item vectors, the index and the encoded items of a bundle, built again into a new bundle."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from raycascade import __version__, storage
-from raycascade.bundle import build_index, load_bundle, write_manifest
+from raycascade.bundle import build_index, load_bundle, write_item_caches, write_manifest
 
 MARK = "-index-"
 
@@ -18,7 +18,7 @@ def index(uri: str) -> dict[str, Any]:
     that id is the result already. Reports and evaluations of the old bundle are not copied.
     """
     started = time.monotonic()
-    bundle = load_bundle(uri)
+    bundle = load_bundle(uri, served=())
     bundle.cascade.require_search()
     parent, _, name = bundle.uri.rstrip("/").rpartition("/")
     files: dict[str, str] = bundle.manifest["files"]
@@ -26,9 +26,11 @@ def index(uri: str) -> dict[str, Any]:
     target = storage.join(parent, f"{name.partition(MARK)[0]}{MARK}{hashlib.sha256(content).hexdigest()[:8]}")
     if not storage.exists(storage.join(target, "manifest.json")):
         storage.remove_folder(target)  # of a run that did not finish
+        built = ("index/", *(f"stages/{stage}/items/" for stage in bundle.cascade.names))
         for file in files:
-            if not file.startswith("index/"):
+            if not file.startswith(built):
                 storage.copy_file(storage.join(bundle.uri, file), storage.join(target, file))
         build_index(bundle.config, bundle.cascade, bundle.items).save(storage.join(target, "index"))
+        write_item_caches(target, bundle.cascade, bundle.items)
         write_manifest(target, fingerprint=bundle.manifest["fingerprint"])
     return {"bundle": target, "items": bundle.items.num_items, "seconds": round(time.monotonic() - started, 2)}

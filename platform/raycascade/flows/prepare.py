@@ -26,6 +26,7 @@ from raycascade.features import FeatureState, require_columns
 from raycascade.fitting import FitPart, fitted_columns, merged, required_columns
 from raycascade.flows._cluster import each
 from raycascade.flows._spill import SpillFile, partitions, read_partition, spilled_bytes
+from raycascade.flows.semantic_ids import add_semantic_ids
 from raycascade.keys import to_keys
 from raycascade.schema import FeatureSchema
 from raycascade.shards import by_day, publish, write_part
@@ -80,8 +81,12 @@ def prepare(config: Config) -> dict[str, Any]:
         items = check_items(dataset.items())
         spilled = each(Spill(plan), tasks, notes=storage.join(plan.work, "spills"))
         state = fit(plan, dataset.schema(), items, len(tasks))
+        trained_ms = (max(config.splits.ranges_ms()["train"][0], min(part["first_ms"] for part in spilled)),
+                      state.as_of_ms)
+        state, encoded, semantic_ids = add_semantic_ids(
+            config, state, state.encode_items(items, where="items table"), period_ms=trained_ms, work=plan.work,
+            target=plan.target)
         state.save(storage.join(plan.target, "features"))
-        encoded = state.encode_items(items, where="items table")
         write_part(storage.join(plan.target, "items", "part-00000.parquet"), iter([encoded]))
         written = each(Encode(plan), partitions(spilled), notes=storage.join(plan.work, "encodes"))
         rows = {split: sum(part[split] for part in written) for split in config.splits.ranges_ms()}
@@ -91,7 +96,8 @@ def prepare(config: Config) -> dict[str, Any]:
                                 f"{_covered(spilled)}; move the dates of `splits`")
         publish(root, version, {
             "requests": rows, "items": len(items), "users": sum(part["users"] for part in written),
-            "fingerprint": dataset.schema().fingerprint(), "as_of_ms": state.as_of_ms,
+            "fingerprint": state.schema.fingerprint(), "as_of_ms": state.as_of_ms, "trained_ms": list(trained_ms),
+            "semantic_ids": semantic_ids,
             "notes": _noted([notes_of(dataset), *(part["notes"] for part in spilled)]),
             "log": {"rows": sum(part["rows"] for part in spilled), "bytes": spilled_bytes(spilled)},
             "config": config.model_dump(mode="json"), "raycascade": __version__,

@@ -48,7 +48,7 @@ def score(uri: str, *, requests: str, out: str) -> dict[str, Any]:
     holds anything else is a DataError.
     """
     started = time.monotonic()
-    bundle = load_bundle(uri)
+    bundle = load_bundle(uri, served=())
     requests, out = storage.absolute(requests), storage.absolute(out)
     files = request_files(requests)
     source = {"bundle": digest(bundle.manifest["files"]),

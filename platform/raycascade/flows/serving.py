@@ -32,7 +32,7 @@ class GatewayIngress:
     """The HTTP ingress in its replica: a gateway over far stages, or over near ones where there are none."""
 
     def __init__(self, uri: str, names: tuple[str, ...], *handles: Any) -> None:
-        bundle = load_bundle(uri)
+        bundle = load_bundle(uri, served=() if handles else None)
         far = [RemoteStage(handle) for handle in handles]
         stages = far or [LocalStage(StageServer(bundle, name)) for name in names]
         self._gateway = Gateway(bundle, dict(zip(names, stages, strict=True)))

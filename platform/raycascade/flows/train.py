@@ -10,25 +10,27 @@ from typing import Any
 
 import torch
 
-from raycascade import storage
-from raycascade.bundle import remember_latest, save_bundle
+from raycascade import guard, storage
+from raycascade.bundle import Bundle, build_index, remember_latest, save_bundle
 from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError, RaycascadeError
 from raycascade.flows._boosting import fit_on_ray
+from raycascade.indexes import ItemIndex
 from raycascade.progress import ProgressLine
 from raycascade.shards import Shards
 from raycascade.training import checkpoint
 from raycascade.training.checkpoint import Progress
 from raycascade.training.gbdt import load_fitted
 from raycascade.training.loop import Place, Run, Save, fit
+from raycascade.variants import is_variant
 
 
 def train(config: Config) -> dict[str, Any]:
     """Trains and writes a bundle; returns {"bundle", "rows_per_s", "seconds", "loss", "rows"}.
 
     `train.run` names the run: an unfinished run of that name goes on from its last checkpoint; a finished one is an
-    error, because bundles are immutable.
+    error, because bundles are immutable. ExpectationError, and no bundle, where the guard of a stage's variant fails.
     """
     started = time.monotonic()
     shards = Shards.open(config.paths.shards)
@@ -45,11 +47,24 @@ def train(config: Config) -> dict[str, Any]:
     sys.stderr.write(f"train: run {name}; if it is interrupted, train.run={name} goes on with it\n")
     fitted = fit_on_ray(config, shards, cascade, runs=_runs_folder(config))
     progress = _fit_on_ray(config, cascade, fitted=fitted)
+    index, guarded = _guarded(config, cascade.eval(), shards)
+    metrics = {"train": _summary(progress), "curves": progress.curves, **guarded}
     save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
-                users=shards.table("users"), metrics={"train": _summary(progress), "curves": progress.curves})
+                users=shards.table("users"), metrics=metrics, semantic_ids=shards.semantic_ids, index=index)
     remember_latest(config.paths.bundles, target)
     storage.remove_folder(storage.join(_runs_folder(config), name))
     return {"bundle": target, **_summary(progress), "seconds": round(time.monotonic() - started, 2)}
+
+
+def _guarded(config: Config, cascade: Cascade, shards: Shards) -> tuple[ItemIndex | None, dict[str, Any]]:
+    """The index where the guard has needed one, and what the bundle keeps of the guard; ExpectationError where a stage
+    would not be served as it was trained."""
+    if not any(is_variant(stage) for stage in config.stages):
+        return None, {}
+    index = build_index(config, cascade, shards.items) if cascade.searches else None
+    guarded = guard.measure(Bundle("", {}, config, shards.items, cascade, index), shards)
+    guard.require_faithful(guarded, config.guard)
+    return index, guard.record(guarded, config.guard)
 
 
 def check_funnel(config: Config, num_items: int) -> None:
@@ -69,6 +84,8 @@ def _summary(progress: Progress) -> dict[str, Any]:
 def _identity(config: Config, shards: Shards) -> dict[str, Any]:
     """What must not change between the start of a run and its continuation: its position would mean something else."""
     tree = config.model_dump(mode="json")
+    for stage in tree["stages"]:  # how a stage is served may change: the guard may have refused it
+        del stage["precision"], stage["compile"]
     train = {f"train.{name}": tree["train"][name] for name in ("batch_size", "workers", "seed", "order", "negatives")}
     return {"shards": shards.folder, **{name: tree[name] for name in ("stages", "loss", "lists")}, **train}
 

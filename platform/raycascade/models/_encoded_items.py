@@ -1,7 +1,7 @@
 """Candidates whose share of a score is a function of the item alone: computed once a catalogue, kept, and gathered."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from raycascade.batch import Batch
+from raycascade.item_cache import ItemCache
 from raycascade.items import ItemTable
 from raycascade.models._model import TorchModel
+from raycascade.schema import FIRST_ROW
 
 ITEM_CHUNK = 16_384  # items encoded at once
 
@@ -39,27 +41,29 @@ class ItemEncodingModel(TorchModel):
 
 
 @torch.no_grad()
-def encode_catalogue(model: ItemEncodingModel, items: ItemTable, *, chunk: int = ITEM_CHUNK) -> dict[str, np.ndarray]:
-    """What the model encodes of every item, arrays [N + 2, ...] by item row: float16, and int64 for ids.
-
-    Fields that change with time are those of the end of the training log. The model must be in evaluation mode.
-    """
+def encode_catalogue(
+    model: ItemEncodingModel, items: ItemTable, names: tuple[str, ...], *, chunk: int = ITEM_CHUNK
+) -> Iterator[dict[str, Tensor]]:
+    """What the model encodes of every item, in pieces of [N + 2, ...] by item row, from the item fields `names`, which
+    must not change with time, and the exact ids of their values. The model must be in evaluation mode."""
     assert not model.training, "a cache holds what the model says when it serves"
-    parts: list[dict[str, np.ndarray]] = []
-    for start in range(0, len(items.all_rows) + 2, chunk):
-        rows = np.arange(start, min(start + chunk, len(items.all_rows) + 2))
-        encoded = model.encode_items(items.fields(rows, items.state.as_of_ms), rows.shape)
-        parts.append({name: _kept(values) for name, values in encoded.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for start in range(0, len(items.all_rows) + FIRST_ROW, chunk):
+        rows = np.arange(start, min(start + chunk, len(items.all_rows) + FIRST_ROW))
+        yield model.encode_items(items.fields(rows, 0, names=items.with_keys(names)), rows.shape)
 
 
-def gather_items(cache: Mapping[str, np.ndarray], rows_QC: Tensor, *, like: Tensor) -> dict[str, Tensor]:
-    """Encoded items [Q, C, ...] of item rows, numbers in the type of `like`, everything on its device."""
-    rows = rows_QC.cpu().numpy()
-    picked = {name: torch.from_numpy(np.take(values, rows, axis=0)) for name, values in cache.items()}
-    return {name: values.to(like.device, like.dtype if values.is_floating_point() else None)
-            for name, values in picked.items()}
-
-
-def _kept(values: Tensor) -> np.ndarray:
-    return values.cpu().half().numpy() if values.is_floating_point() else values.cpu().numpy()
+def score_from_cache(
+    model: ItemEncodingModel, state: Any, batch: Batch, cache: ItemCache, items: ItemTable, names: tuple[str, ...]
+) -> Tensor:
+    """Logits [Q, C, T] of a batch's candidates, whose item side is not read: their items come from the cache, and those
+    that it does not hold are encoded from their fields `names`."""
+    like = next(model.parameters())
+    encoded, missing_QC = cache.gather(batch.candidates_QC, batch.mask_QC, like=like)
+    if missing_QC.any():
+        rows_M = batch.candidates_QC[missing_QC.cpu()]
+        gathered = items.fields(rows_M, 0, names=items.with_keys(names))
+        fields = {name: values.to(like.device) for name, values in gathered.items()}
+        fresh = model.encode_items(fields, rows_M.shape)
+        for name, values in encoded.items():
+            values[missing_QC] = fresh[name].to(values.dtype)
+    return model.score_encoded(state, encoded, batch)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raycascade.batch import Batch
 from raycascade.errors import ConfigError
+from raycascade.features import KEY
 from raycascade.models._layers import MLP
 from raycascade.models._match import EventIds, count_rows, event_ids
 from raycascade.schema import FIRST_ROW, FeatureSpace, Field, Frozen, near_miss
@@ -61,7 +62,8 @@ class Match:
 class HardMatching(nn.Module):
     """MLP([E[row(p, c_p)] for pairs p]) with c_p the number of matching events, at most `clip`.
 
-    Values are compared as item rows or as rows of their vocabulary; unknown and missing ones never match.
+    Values are compared as item rows, as exact ids where a batch brings them, or else as rows of their vocabulary.
+    Missing values never match, and neither do those that rows of a vocabulary are unknown for.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class HardMatching(nn.Module):
         """The events of each match."""
         found = []
         for match in self.matches:
-            ids_QLW = batch.history_rows_QL if match.event == ITEM else batch.history[match.event]
+            ids_QLW = batch.history_rows_QL if match.event == ITEM else _exact(batch.history, match.event)
             ids_QLW = ids_QLW if ids_QLW.ndim == 3 else ids_QLW[:, :, None]
             masks_QPL = torch.stack([selection.mask(batch) for selection in match.selections], 1)
             masks_QPLW = masks_QPL[..., None] & (ids_QLW >= FIRST_ROW)[:, None]
@@ -87,8 +89,8 @@ class HardMatching(nn.Module):
     def of_items(self, item: Mapping[str, Tensor], dims: int) -> dict[str, Tensor]:
         """Ids that candidates are compared by, [*leading, V] by the name of the field; `dims` leading dimensions."""
         fields = {match.candidate for match in self.matches} - {ITEM}
-        return {f"ids.{name}": item[name] if item[name].ndim > dims else item[name].unsqueeze(-1)
-                for name in sorted(fields)}
+        ids = {name: _exact(item, name) for name in sorted(fields)}
+        return {f"ids.{name}": values if values.ndim > dims else values.unsqueeze(-1) for name, values in ids.items()}
 
     def counts(self, events: tuple[EventIds, ...], encoded: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Unclipped counts [Q, C, P]."""
@@ -103,6 +105,11 @@ class HardMatching(nn.Module):
         """T_match [Q, C, width]."""
         rows_QCP = count_rows(counts_QCP, clip=self.clip)
         return self.mlp(nn.functional.embedding(rows_QCP, self.vectors).flatten(-2))
+
+
+def _exact(fields: Mapping[str, Tensor], name: str) -> Tensor:
+    """Numbers that tell the values of a field apart; fields of one vocabulary have the same ones."""
+    return fields.get(f"{name}{KEY}", fields[name])
 
 
 # ---------------------------------------------------------------- which pairs

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field as Option
 from torch import Tensor, nn
 
+from raycascade.batch import Batch
 from raycascade.errors import ConfigError
 from raycascade.models._layers import linear
 from raycascade.plugins import PluginConfig
@@ -13,12 +14,14 @@ from raycascade.schema import FeatureSpace
 
 SiluOn = Literal["all", "u"]
 BlockOut = Literal["gate", "concat3"]
+DAY_MS = 86_400_000
 
 
 class SequenceOptions(PluginConfig):
     """Sizes of a stack of layers over the newest `history` events: rows of `width`, heads with keys of `key_dim` and
-    values of `value_dim` numbers. `rab`: a learned bias for how far apart two events stand. `silu` and `block_out`:
-    the paper's layer (`all`, `gate`) or the one of the released ranking model (`u`, `concat3`)."""
+    values of `value_dim` numbers. `max_age_days`: older events are not read (None: whatever their age). `rab`: a
+    learned bias for how far apart two events stand. `silu` and `block_out`: the paper's layer (`all`, `gate`) or the
+    one of the released ranking model (`u`, `concat3`)."""
 
     width: int = Option(default=64, ge=1)
     layers: int = Option(default=2, ge=1)
@@ -26,9 +29,16 @@ class SequenceOptions(PluginConfig):
     key_dim: int = Option(default=32, ge=1)
     value_dim: int = Option(default=32, ge=1)
     history: int = Option(default=128, ge=1)
+    max_age_days: float | None = Option(default=None, gt=0)
     rab: bool = False
     silu: SiluOn = "all"
     block_out: BlockOut = "gate"
+
+
+def events_to_read(options: SequenceOptions, batch: Batch) -> Batch:
+    """The same requests with the events that the layers read; DataError where `max_age_days` finds no times."""
+    newest = batch.newest_events(options.history)
+    return newest if options.max_age_days is None else newest.events_since(round(options.max_age_days * DAY_MS))
 
 
 class SequenceRows(nn.Module):

@@ -14,7 +14,7 @@ from raycascade.models._encoded_items import ItemEncodingModel
 from raycascade.models._gating import GatedLogits
 from raycascade.models._match_attention import HardMatching, Pair, declared_pairs, default_pairs
 from raycascade.models._moa import AttentionParts, RequestParts
-from raycascade.models._sequence import SequenceOptions, refuse_sequences_that_cannot_be
+from raycascade.models._sequence import SequenceOptions, events_to_read, refuse_sequences_that_cannot_be
 from raycascade.models._towers import Towers
 from raycascade.models.two_tower import TwoTower
 from raycascade.schema import FeatureSpace, near_miss
@@ -95,7 +95,7 @@ class Gesr(ItemEncodingModel):
     def encode_request(self, batch: Batch) -> GesrState:
         """The user's vectors, and the newest `history` events as the parts read them."""
         users_QTD = self.tower.encode_request(batch)
-        parts = self.parts.of_request(batch.newest_events(self.config.history), users_QTD)
+        parts = self.parts.of_request(events_to_read(self.config, batch), users_QTD)
         return GesrState(users_QTD, None if self.gated is None else self.gated.of_request(users_QTD), parts)
 
     def encode_items(

@@ -9,7 +9,7 @@ from raycascade.models._hstu import EPS, HstuStack, HstuState
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.models._layers import linear
 from raycascade.models._model import TorchModel
-from raycascade.models._sequence import SequenceOptions, SequenceRows, refuse_sequences_that_cannot_be
+from raycascade.models._sequence import SequenceOptions, SequenceRows, events_to_read, refuse_sequences_that_cannot_be
 from raycascade.schema import FeatureSpace
 
 
@@ -63,7 +63,7 @@ class Hstu(TorchModel):
 
     def encode_request(self, batch: Batch) -> HstuState:
         """What candidates read of the request's fields and of the events, in each layer."""
-        batch = batch.newest_events(self.config.history)
+        batch = events_to_read(self.config, batch)
         mask_QL = batch.history_mask_QL
         events_QLD = self.rows.of_events(self.inputs.history_matrix(batch), self.inputs.event_matrix(batch), mask_QL)
         rows_QRD = self.input_dropout(torch.cat([self._context(batch), events_QLD], 1))

@@ -52,10 +52,8 @@ class ItemContent:
         if column not in items.column_names or not pa.types.is_fixed_size_list(items[column].type):
             raise DataError(f"semantic ids: {column!r} is not a vector feature of the items; declare one "
                             "({kind: vector, side: item, dim: ...}) and name it in semantic_ids")
-        vectors = items[column].combine_chunks()
-        flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
         rows = np.arange(FIRST_ROW, FIRST_ROW + len(items))
-        return cls(items["item_key"].combine_chunks(), flat.reshape(len(items), vectors.type.list_size),
+        return cls(items["item_key"].combine_chunks(), vectors_of(items, column),
                    np.rint(counters.as_of(rows, LATER, "exposure")).astype(np.int64))
 
     @cached_property
@@ -175,6 +173,18 @@ class SemanticIds:
         ids, codes_NL = _read_codes(storage.join(uri, "codes.parquet"), model.config.levels)
         curves = report.pop("curves", {})
         return cls(model.freeze(), tokenizer, ids, codes_NL, facts, report, curves)
+
+
+def version_of(uri: str) -> str:
+    """The `sid_version` that a folder of frozen semantic ids claims; `SemanticIds.load` checks it."""
+    return storage.read_json(storage.join(uri, "manifest.json"))["sid_version"]
+
+
+def vectors_of(items: pa.Table, column: str) -> np.ndarray:
+    """A vector feature of encoded items, float32 [N, V]."""
+    vectors = items[column].combine_chunks()
+    flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return flat.reshape(len(items), vectors.type.list_size)
 
 
 def encoded(model: RQVAE, vectors_NV: np.ndarray) -> np.ndarray:

@@ -184,8 +184,19 @@ class RQVAETraining:
             if f"{name}/step" in held:
                 self.optimiser.state[parameter] = {
                     "step": held[f"{name}/step"], **{m: held[f"{name}/{m}"].to(parameter.device) for m in MOMENTS}}
-        self.curves = {name: [(step, value) for step, value in points]
-                       for name, points in json.loads(Path(folder, "curves.json").read_text()).items()}
+        self.curves = _curves(folder)
+
+
+def trained_model(config: RQVAE.Config, width: int, folder: str) -> tuple[RQVAE, dict[str, list[tuple[int, float]]]]:
+    """The frozen model of a checkpoint that `RQVAETraining.save` wrote, on the CPU, and the curves."""
+    model = RQVAE(config, width)
+    model.load_state_dict(safetensors.torch.load_file(f"{folder}/rqvae.safetensors"))
+    return model.freeze(), _curves(folder)
+
+
+def _curves(folder: str) -> dict[str, list[tuple[int, float]]]:
+    return {name: [(step, value) for step, value in points]
+            for name, points in json.loads(Path(folder, "curves.json").read_text()).items()}
 
 
 def uses(codes_NL: Tensor, codes: int) -> Tensor:

@@ -67,7 +67,7 @@ class Gateway:
             raise DataError(f"k: {k} is more than the last stage keeps; ask for at most {self.most}")
         request_id = uuid.uuid4().hex
         requests, known_user = await asyncio.to_thread(self._encode, query, request_id)
-        message, survivors = pack(requests), None
+        message, survivors = pack(requests, version=self.bundle.version), None
         passed: dict[str, Survivors] = {}
         for name, stage in self.stages.items():
             passed[name] = survivors = await stage.run(message, survivors)

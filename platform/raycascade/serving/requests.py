@@ -23,6 +23,7 @@ from pydantic import (
 from raycascade.bundle import Bundle
 from raycascade.errors import DataError
 from raycascade.features import FeatureState
+from raycascade.past import moments
 from raycascade.schema import (
     FIRST_ROW,
     ClockFeature,
@@ -191,7 +192,7 @@ def checked(requests: pa.Table, bundle: Bundle, *, where: str) -> pa.Table:
             typed = _cast(requests[name], kind, where=f"{where}: column {name!r}")
             requests = requests.set_column(position, name, typed)
     if "time_ms" in requests.column_names:
-        filled = pc.fill_null(requests["time_ms"], bundle.state.as_of_ms)
+        filled = pc.coalesce(requests["time_ms"], pa.array(moments(requests, bundle.state.as_of_ms)))
         requests = requests.set_column(requests.column_names.index("time_ms"), "time_ms", filled)
     if "candidates" in lists and "candidates" in requests.column_names:
         _refuse_unknown_items(requests["candidates"], bundle, where=where)

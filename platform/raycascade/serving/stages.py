@@ -11,7 +11,10 @@ import pyarrow as pa
 
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.cascade import StageOutcome
+from raycascade.errors import BundleError
 from raycascade.schema import PADDING
+
+VERSION = b"bundle"  # in the metadata of what travels
 
 
 class Survivors(NamedTuple):
@@ -37,13 +40,18 @@ class StageServer:
     """One stage of a bundle. Its methods block and are safe to call from several threads."""
 
     def __init__(self, bundle: Bundle | str, name: str) -> None:
-        self.bundle = load_bundle(bundle) if isinstance(bundle, str) else bundle
+        self.bundle = load_bundle(bundle, served=(name,)) if isinstance(bundle, str) else bundle
         self.name = name
         self._keep = self.bundle.cascade.keeps[self.bundle.cascade.names.index(name)]
 
     def run(self, requests: bytes, before: Survivors | None) -> Survivors:
-        """The survivors of encoded requests (`pack`)."""
-        cascade, batch = self.bundle.cascade, self.bundle.batch(unpack(requests))
+        """The survivors of encoded requests (`pack`); BundleError where another bundle has encoded them."""
+        table = unpack(requests)
+        version = (table.schema.metadata or {}).get(VERSION, b"").decode()
+        if version and version != self.bundle.version:
+            raise BundleError(f"{self.bundle.uri}: stage {self.name!r} got requests that another bundle has encoded "
+                              f"(version {version}, here {self.bundle.version}); serve one bundle")
+        cascade, batch = self.bundle.cascade, self.bundle.batch(table)
         if before is None:
             outcome = cascade.retrieve(batch, self.bundle.index)
         else:
@@ -89,8 +97,9 @@ class RemoteStage:
         return await self._handle.ready.remote()
 
 
-def pack(requests: pa.Table) -> bytes:
-    """Encoded requests as an Arrow stream."""
+def pack(requests: pa.Table, *, version: str = "") -> bytes:
+    """Encoded requests as an Arrow stream, with the version of the bundle that has encoded them."""
+    requests = requests.replace_schema_metadata({VERSION: version.encode()} if version else None)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, requests.schema) as writer:
         writer.write_table(requests)

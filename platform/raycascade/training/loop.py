@@ -18,6 +18,7 @@ from raycascade.ragged import Ragged
 from raycascade.shards import ShardReader, Shards
 from raycascade.training import checkpoint
 from raycascade.training.checkpoint import Best, Progress
+from raycascade.training.initial_weights import take_initial_weights
 from raycascade.training.objective import Objective, finite
 from raycascade.training.optimisers import Optimisers
 from raycascade.training.penalties import TablePenalties
@@ -65,7 +66,9 @@ class Run:
                               "prepare again, or leave early_stop out")
         refuse_tables_beyond_memory(config, shards.state.space, free=free_bytes(place.device))
         torch.manual_seed(config.train.seed)
-        cascade = Cascade(config, shards.state.space).to(place.device)
+        cascade = Cascade(config, shards.state.space)
+        take_initial_weights(config, cascade, shards.state)
+        cascade = cascade.to(place.device)
         objective = Objective(config, cascade).to(place.device)
         refuse_unknown_labels(objective, shards.state.schema.labels)
         refuse_labels_that_teach_nothing(objective, cascade, shards.state.label_counts)

@@ -11,6 +11,7 @@ from raycascade.errors import ConfigError
 from raycascade.fitting import declared_space
 from raycascade.ragged import Ragged
 from raycascade.schema import FeatureSchema, FeatureSpace, near_miss
+from raycascade.semantic_ids.columns import declared_features
 from raycascade.shards import Shards
 from raycascade.training.objective import Objective
 
@@ -25,7 +26,7 @@ def check_stages(config: Config, schema: FeatureSchema) -> None:
 
     Nothing is fitted yet, and all tables are small; what depends on the values of the log shows when training starts.
     """
-    space = declared_space(schema)
+    space = declared_space(schema, declared_features(config, schema))
     small = resized(space, {field.table: min(field.num_rows, FEW_ROWS) for field in space.fields})
     refuse_unknown_labels(Objective(config, Cascade(config, small)), space.labels)
 
