@@ -9,7 +9,7 @@ SIZES: dict[str, Any] = {"dim": 16, "hidden": [64, 32], "batch": 256, "epochs": 
                          "embedding_std": 0.01}
 EMBEDDED = {"dim": SIZES["dim"], "embedding_std": SIZES["embedding_std"]}
 MLP = {**EMBEDDED, "hidden": SIZES["hidden"], "norm": "batch"}
-EXPERTS = {**EMBEDDED, "hidden": SIZES["expert_hidden"], "tower_hidden": SIZES["tower_hidden"]}
+EXPERTS = {**EMBEDDED, "norm": "batch", "hidden": SIZES["expert_hidden"], "tower_hidden": SIZES["tower_hidden"]}
 LAYERS = {"num_layers": SIZES["layers"]}
 DEEP_INTEREST = {**MLP, "activation": "dice", "attention_hidden": [36], "attention_activation": "dice"}
 TASKS = ("shared_bottom", "mmoe", "ple")

@@ -107,11 +107,11 @@ def begins(marks: Path, rank: int) -> list[int]:
 
 
 def test_two_workers_reach_the_loss_of_one_on_the_same_global_batch(one: dict[str, Any], two: dict[str, Any]):
-    curves = [json.loads(Path(run["bundle"], "metrics.json").read_text())["curves"]["valid_loss"] for run in (one, two)]
-    first, last = ([curve[i][1] for curve in curves] for i in (0, -1))
-    gain = first[0] - last[0]
-    assert gain > 0.05  # there was something to learn
-    assert abs(last[0] - last[1]) < 0.5 * gain
+    curves = [json.loads(Path(run["bundle"], "metrics.json").read_text())["curves"] for run in (one, two)]
+    last = [curve["valid_loss"][-1][1] for curve in curves]
+    gain = curves[0]["loss"][0][1] - last[0]
+    assert gain > 0.5  # there was something to learn, most of it in the first epoch
+    assert abs(last[0] - last[1]) < 0.05 * gain
     assert bundle_weights(one["bundle"]).keys() == bundle_weights(two["bundle"]).keys()
 
 

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field as Option, model_validator
@@ -27,6 +27,7 @@ class ExpertOptions(InputOptions):
     hidden: tuple[int, ...] = Option(default=(32,), min_length=1)
     tower_hidden: tuple[int, ...] = (16,)
     activation: ActivationName = "relu"
+    norm: Literal["none", "batch"] = "none"  # in experts and towers, not in gates
     dropout: float = Option(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -45,13 +46,14 @@ class Experts(nn.Module):
     def __init__(self, options: ExpertOptions, request_width: int, candidate_width: int, num: int) -> None:
         super().__init__()
         self.num, hidden = num, options.hidden
-        self.first = SplitLinear(request_width, candidate_width, num * hidden[0])
+        biased = options.norm == "none"  # the norm's own bias makes the map's redundant
+        self.first = SplitLinear(request_width, candidate_width, num * hidden[0], bias=biased)
         self.units = nn.ModuleList(
-            HiddenUnits(num * width, activation=options.activation, norm="none", dropout=options.dropout)
+            HiddenUnits(num * width, activation=options.activation, norm=options.norm, dropout=options.dropout)
             for width in hidden)
         shapes = [(num, after, before) for before, after in pairwise(hidden)]
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for shape in shapes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for shape in shapes if biased)
         for weight in self.weights:
             for expert in weight.detach():  # in place: views of the parameter
                 initialise(expert)
@@ -63,9 +65,9 @@ class Experts(nn.Module):
     def forward(self, request_QH: Tensor, x_QCD: Tensor, mask_QC: Tensor) -> Tensor:
         """Outputs of the experts [Q, C, E, H], given `of_request`."""
         x = self.units[0](self.first(request_QH, x_QCD), mask_QC)
-        for weight, bias, units in zip(self.weights, self.biases, list(self.units)[1:], strict=True):
-            deeper = torch.einsum("qceh,ekh->qcek", x.unflatten(-1, (self.num, -1)), weight) + bias
-            x = units(deeper.flatten(-2), mask_QC)
+        for n, weight in enumerate(self.weights):
+            deeper = torch.einsum("qceh,ekh->qcek", x.unflatten(-1, (self.num, -1)), weight)
+            x = self.units[n + 1]((deeper + self.biases[n] if len(self.biases) else deeper).flatten(-2), mask_QC)
         return x.unflatten(-1, (self.num, -1))
 
 
@@ -92,7 +94,8 @@ class Towers(nn.Module):
     def __init__(self, options: ExpertOptions, num_tasks: int) -> None:
         super().__init__()
         self.of_task = nn.ModuleList(
-            MLP(options.hidden[-1], options.tower_hidden, 1, activation=options.activation, dropout=options.dropout)
+            MLP(options.hidden[-1], options.tower_hidden, 1, activation=options.activation, norm=options.norm,
+                dropout=options.dropout)
             for _ in range(num_tasks))
 
     def silence(self) -> None:

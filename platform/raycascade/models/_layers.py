@@ -121,6 +121,8 @@ class PReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
+        if not torch.is_grad_enabled():
+            return (x * self.alpha).addcmul_(torch.relu(x), 1.0 - self.alpha)
         return torch.relu(x) * (1.0 - self.alpha) + x * self.alpha  # half the time of F.prelu's backward on CPU
 
 

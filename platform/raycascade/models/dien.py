@@ -38,7 +38,6 @@ class DienState:
     events_QLN: Tensor
     interests_QLN: Tensor
     gates_QLG: Tensor
-    keys_QLA: Tensor | None
 
 
 class Extractor(nn.Module):
@@ -161,11 +160,8 @@ class Dien(RepresentingModel):
         x_QD = self.inputs.request_matrix(batch, history=False)
         if self.config.pooled:
             x_QD = torch.cat([x_QD, _summed(events_QLN, mask_QL)], -1)
-        keys_QLA = None
-        if isinstance(self.attention, InterestAttention):
-            keys_QLA = self.attention.of_events(interests_QLN, interests_QLN[..., :0])
         return DienState(self.mlp.of_request(x_QD), order_QL, mask_QL, events_QLN, interests_QLN,
-                         self.evolution.of_interests(interests_QLN), keys_QLA)
+                         self.evolution.of_interests(interests_QLN))
 
     def score_candidates(self, state: DienState, batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
@@ -179,9 +175,9 @@ class Dien(RepresentingModel):
 
     def _weights(self, state: DienState, target_QCN: Tensor, mask_QC: Tensor) -> Tensor:
         """a [Q, C, L], 0 where masked."""
-        if state.keys_QLA is not None:
-            return self.attention(DinState(state.request_QH, state.interests_QLN, state.keys_QLA, state.mask_QL),
-                                  target_QCN, mask_QC)
+        if isinstance(self.attention, InterestAttention):
+            alike = DinState(state.request_QH, state.interests_QLN, state.interests_QLN[..., :0], state.mask_QL)
+            return self.attention(alike, target_QCN, mask_QC)
         logits_QCL = self.attention(target_QCN) @ state.interests_QLN.transpose(1, 2)
         return masked_softmax(logits_QCL, state.mask_QL[:, None])
 

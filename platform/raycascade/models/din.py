@@ -14,24 +14,25 @@ from raycascade.models._layers import ActivationName, NormName, SplitMLP, UpperL
 from raycascade.models._model import RepresentingModel
 from raycascade.schema import FeatureSpace
 
-CACHE_FLOATS = 1 << 20  # one block of attention activations, sized to stay in a processor's cache
+CACHE_FLOATS = 1 << 18  # one block of attention activations, sized to stay in a processor's cache
 
 
 @dataclass(frozen=True)
 class DinState:
-    """The request's half: its share of the MLP's first layer [Q, H], and of the attention's [Q, L, A]."""
+    """The request's half: its share of the MLP's first layer [Q, H], the events' item fields [Q, L, D] and what only
+    events have [Q, L, G]."""
 
     request_QH: Tensor
     events_QLD: Tensor
-    keys_QLA: Tensor
+    extra_QLG: Tensor
     mask_QL: Tensor
 
 
 class InterestAttention(nn.Module):
     """a_j = MLP([v; e_j; v - e_j; v * e_j; g_j]), zero where masked; no softmax unless asked for.
 
-    The first layer runs in blocks: v (W_v + W_d) once a candidate, e_j (W_e - W_d) + g_j W_g once an event, and only
-    (v * e_j) W_p for every pair.
+    The first layer of a pair is e_j (W_e - W_d + W_p diag(v)) + g_j W_g + v (W_v + W_d) + b: one map of the events for
+    each candidate, and no v * e_j is ever written down.
     """
 
     def __init__(
@@ -45,35 +46,44 @@ class InterestAttention(nn.Module):
         self.first = linear(sum(self.widths), hidden[0])
         self.upper = UpperLayers(hidden, 1, activation=activation, out_bias=normalise == "none")
 
-    def of_events(self, events_QLD: Tensor, extra_QLG: Tensor) -> Tensor:
-        """The events' share of the first layer [Q, L, A]."""
-        _, own, difference, _, extra = self.first.weight.split(self.widths, 1)
-        return nn.functional.linear(torch.cat([events_QLD, extra_QLG], -1), torch.cat([own - difference, extra], 1),
-                                    self.first.bias)
-
     def forward(self, state: DinState, target_QCD: Tensor, mask_QC: Tensor) -> Tensor:
         """Weights [Q, C, L]."""
         own, _, difference, _, _ = self.first.weight.split(self.widths, 1)
-        target_QCA = nn.functional.linear(target_QCD, own + difference)
-        pairs = max(1, target_QCD.shape[1] * state.mask_QL.shape[1])
-        on_cpu = target_QCD.device.type == "cpu" and not self.whole_batch
-        size = max(1, CACHE_FLOATS // (pairs * target_QCA.shape[2])) if on_cpu else len(target_QCD)
-        inputs = (target_QCD, target_QCA, state.events_QLD, state.keys_QLA, mask_QC, state.mask_QL)
-        blocks = (x.split(size) for x in inputs)
-        logits_QCL = torch.cat([self._logits(*block) for block in zip(*blocks, strict=True)])
+        target_QCA = nn.functional.linear(target_QCD, own + difference, self.first.bias)
+        ones_QL1 = state.events_QLD.new_ones(*state.mask_QL.shape, 1)
+        events_QLE = torch.cat([state.events_QLD, state.extra_QLG, ones_QL1], -1)
+        logits_QCL = self._in_blocks(target_QCD, target_QCA, events_QLE, mask_QC, state.mask_QL)
         mask_Q1L = state.mask_QL[:, None]
         if self.normalise == "softmax":
             return masked_softmax(logits_QCL, mask_Q1L)
         return logits_QCL.masked_fill(~mask_Q1L, 0.0)
 
-    def _logits(
-        self, target_QCD: Tensor, target_QCA: Tensor, events_QLD: Tensor, keys_QLA: Tensor, mask_QC: Tensor,
-        mask_QL: Tensor,
+    def _in_blocks(
+        self, target_QCD: Tensor, target_QCA: Tensor, events_QLE: Tensor, mask_QC: Tensor, mask_QL: Tensor
     ) -> Tensor:
-        product = self.first.weight.split(self.widths, 1)[3]
-        pairs_QCLA = nn.functional.linear(target_QCD[:, :, None] * events_QLD[:, None], product)
-        pairs_QCLA = pairs_QCLA + keys_QLA[:, None] + target_QCA[:, :, None]
-        return self.upper(pairs_QCLA, mask_QC[:, :, None] & mask_QL[:, None]).squeeze(-1)
+        """Logits [Q, C, L], on a processor a few requests, or a few candidates of one, at a time."""
+        if target_QCD.device.type != "cpu" or self.whole_batch:
+            return self._logits(target_QCD, target_QCA, events_QLE, mask_QC, mask_QL)
+        of_one = max(1, mask_QL.shape[1] * target_QCA.shape[2])
+        requests = max(1, CACHE_FLOATS // (of_one * max(1, mask_QC.shape[1])))
+        candidates = max(1, CACHE_FLOATS // of_one) if requests == 1 else max(1, mask_QC.shape[1])
+        found = []
+        for t_QCD, t_QCA, e_QLE, m_QC, m_QL in zip(
+            *(x.split(requests) for x in (target_QCD, target_QCA, events_QLE, mask_QC, mask_QL)), strict=True
+        ):
+            blocks = zip(*(x.split(candidates, 1) for x in (t_QCD, t_QCA, m_QC)), strict=True)
+            found.append(torch.cat([self._logits(d, a, e_QLE, m, m_QL) for d, a, m in blocks], 1))
+        return torch.cat(found)
+
+    def _logits(
+        self, target_QCD: Tensor, target_QCA: Tensor, events_QLE: Tensor, mask_QC: Tensor, mask_QL: Tensor
+    ) -> Tensor:
+        _, own_AD, difference_AD, product_AD, extra_AG = self.first.weight.split(self.widths, 1)
+        maps_QCAE = torch.addcmul(own_AD - difference_AD, target_QCD[:, :, None], product_AD)
+        beside = [extra_AG.expand(*target_QCA.shape, -1)] if extra_AG.shape[1] else []
+        maps_QCAE = torch.cat([maps_QCAE, *beside, target_QCA[..., None]], -1)
+        pairs_QLCA = (events_QLE @ maps_QCAE.flatten(1, 2).mT).unflatten(-1, target_QCA.shape[1:])
+        return self.upper(pairs_QLCA, mask_QL[:, :, None] & mask_QC[:, None]).squeeze(-1).mT
 
 
 class Din(RepresentingModel):
@@ -124,7 +134,7 @@ class Din(RepresentingModel):
         return DinState(
             request_QH=self.mlp.of_request(self.inputs.request_matrix(batch, history=False)),
             events_QLD=events_QLD,
-            keys_QLA=self.attention.of_events(events_QLD, self.inputs.event_matrix(batch)),
+            extra_QLG=self.inputs.event_matrix(batch),
             mask_QL=batch.history_mask_QL,
         )
 
