@@ -270,21 +270,24 @@ def export(shards: Shards) -> dict[str, np.ndarray]:
     """The encoded values of every split by "<split>/<field>", labels by "<split>/label:<name>", and the catalogue's
     rows of the history's fields by "items/<field>"."""
     arrays: dict[str, np.ndarray] = {}
+    seen = {field.name for field in shards.state.space.fields}  # not the keys beside them
     for split in SPLITS:
         rows = pa.concat_tables([shards.read_group(name, group) for name, group, _ in shards.groups(split)])
-        arrays |= {f"{split}/{name}": values for name, values in _columns(collate(rows, shards.items)).items()}
+        arrays |= {f"{split}/{name}": values for name, values in _columns(collate(rows, shards.items), seen).items()}
     items = shards.items
     fields = items.fields(items.all_rows, 0, names=shards.state.space.history_fields)
     return arrays | {f"items/{name}": values.numpy() for name, values in fields.items()}
 
 
-def _columns(batch: Batch) -> dict[str, np.ndarray]:
+def _columns(batch: Batch, seen: set[str]) -> dict[str, np.ndarray]:
     assert batch.targets is not None
     columns = {name: values.numpy() for name, values in batch.user.items()}
-    columns |= {name: values[:, 0].numpy() for name, values in batch.item.items()}
+    columns |= {name: values[:, 0].numpy() for name, values in batch.item.items() if name in seen}
     columns |= {f"label:{name}": values[:, 0].numpy() for name, values in batch.targets.labels.items()}
     wide = max(0, HISTORY - batch.history_mask_QL.shape[1])
     for name, values in batch.history.items():
+        if name not in seen:
+            continue
         masked = np.where(batch.history_mask_QL.numpy(), values.numpy(), 0)
         columns[f"hist_{name}"] = np.pad(masked, ((0, 0), (0, wide)))
     return columns

@@ -75,7 +75,8 @@ def test_a_model_that_the_declared_features_cannot_feed_is_refused(schema: Any, 
 @pytest.mark.parametrize("model", [name for name in plugins.names("models") if name != "gbdt"])
 def test_a_model_is_not_refused_for_values_that_only_the_log_will_show(model: str):
     """Vocabularies are empty and indicators of missing values are not known yet."""
-    exclude = ["pair", "income_missing"] if model == "two_tower" else ["income_missing"]
+    apart = model in ("two_tower", "int_tower", "gesr")  # a tower sees no pair
+    exclude = ["pair", "income_missing"] if apart else ["income_missing"]
     check_stages(config_of({"name": model}, exclude=exclude), SCHEMA)
 
 
@@ -172,7 +173,7 @@ def test_a_pointwise_loss_over_lists_no_longer_than_k_is_told_to_name_a_label(sh
 # ---------------------------------------------------------------- memory
 @pytest.mark.parametrize("model", ["deepfm", "fat_deepffm", "lr", "wide_deep", "mmoe", "two_tower"])
 def test_the_demand_found_with_a_few_rows_is_that_of_the_whole_tables(model: str):
-    config = config_of({"name": model}, exclude=["pair"] if model == "two_tower" else [])
+    config = config_of({"name": model}, exclude=["pair"] if model in ("two_tower", "int_tower", "gesr") else [])
     space = resized(SPACE, {"user_id": 20_500, "item_id": 30_000})
     found = demand(config, space)["ranker"]
     assert set(found) == {"", "user_id", "item_id"}
