@@ -50,7 +50,7 @@ class ItemTable:
                 values, mask = Ragged.from_arrow(table[feature.name]).pad(feature.max_len, np.int32)
                 static[feature.name] = _with_special_rows(values, 0)
                 if feature.given:
-                    static[f"{feature.name}_missing"] = _with_special_rows((~mask).all(1).astype(np.float32), 1)
+                    static[f"{feature.name}_missing"] = _with_special_rows(np.asarray((~mask).all(1), np.float32), 1)
             elif isinstance(feature, IdFeature | ClockFeature):
                 static[feature.name] = _with_special_rows(table[feature.name].to_numpy(), 1)
             elif isinstance(feature, VectorFeature):
