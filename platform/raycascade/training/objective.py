@@ -92,8 +92,8 @@ class Objective(nn.Module):
             model = cascade.model(name)
             logits[name], extra = model.train_outputs(later)
             before_QC = scores[name] = cascade.with_prior(name, cascade.fused(name, logits[name]), before_QC)
-            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items()
-                          if name in active and model.training}  # a validation loss is of the task alone
+            learns = name in active and isinstance(model, nn.Module) and model.training
+            auxiliary |= {f"{part}/{name}": value.float() for part, value in extra.items() if learns}
         assert later.targets is not None
         for term in terms:
             targets = replace(later.targets, keep=term.quotas)
