@@ -121,6 +121,11 @@ class Stage(Frozen):
     l2_touched: float | None = Option(default=None, ge=0)
     l2_embedding: float = Option(default=0.0, ge=0)
 
+    @field_validator("model")
+    @classmethod
+    def _without_preset(cls, model: dict[str, Any]) -> dict[str, Any]:
+        return plugins.spelled_out("models", model, "model")
+
     @property
     def num_tasks(self) -> int:
         """Logits of the model."""
