@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import venv
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -102,3 +103,17 @@ def pin(cores: Sequence[int]) -> None:
     """Keeps this process and those it starts to some cores, so that no thread of either side gets more than them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+
+def table_parser(description: str, *, rounds: int, threads: str) -> ArgumentParser:
+    """What the comparisons on the click log of `_ctr_table.py` have in common on the command line."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--libraries", nargs="*", default=list(LIBRARIES), choices=list(LIBRARIES))
+    parser.add_argument("--loaders", action="store_true", help="each side with its own reading of the data")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 128])
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--history", type=int, default=50, help="past items of a request, for din")
+    parser.add_argument("--threads", type=int, default=1, help=threads)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser

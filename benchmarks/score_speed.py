@@ -16,7 +16,7 @@ loader over arrays in memory (fuxictr, whose loaders read nothing but files that
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _ctr_table import SEEN, Table, arrays_of, batches_of, model_options, write_table
-from _peers import PeerProcess, models_of, pin
+from _peers import PeerProcess, models_of, pin, table_parser
 from _rates import OURS, Rates, header, quantile
 from torch import nn
 
@@ -124,18 +124,11 @@ def time_of_request(model: str, shards: Shards, candidates: int, options: Namesp
 
 
 def main() -> int:
-    parser = ArgumentParser(description="Scored rows a second against peers.")
+    parser = table_parser("Scored rows a second against peers.", rounds=9,
+                          threads="of the rates; a request is timed on one")
     parser.add_argument("--models", nargs="+", default=["deepfm", "dcn_v2", "wide_deep"])
     parser.add_argument("--rows", type=int, default=100_000, help="values of an id field")
     parser.add_argument("--candidates", type=int, nargs="*", default=[500, 1000])
-    parser.add_argument("--libraries", nargs="*", default=["torch-rechub", "deepctr-torch", "fuxictr"])
-    parser.add_argument("--loaders", action="store_true", help="each side with its own reading of the data")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 128])
-    parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--history", type=int, default=50, help="past items of a request, for din")
-    parser.add_argument("--threads", type=int, default=1, help="of the rates; a request is timed on one")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--requests", type=int, default=500, help="requests timed")
     options = parser.parse_args()
     pin(range(options.threads))

@@ -19,7 +19,7 @@ the whole process, which other work on the machine disturbs less.
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _ctr_table import SEEN, Table, arrays_of, batches_of, model_options, write_table
-from _peers import PeerProcess, models_of, pin
+from _peers import PeerProcess, models_of, pin, table_parser
 from _rates import OURS, Rates, header
 
 from raycascade.batch import Batch
@@ -128,17 +128,9 @@ def steps_alone(run: Run, batches: list[Batch], turns: Turns, *, rounds: int) ->
 
 
 def main() -> int:
-    parser = ArgumentParser(description="Training rows a second against peers.")
+    parser = table_parser("Training rows a second against peers.", rounds=7, threads="of either side")
     parser.add_argument("--models", nargs="+", default=list(BARRED))
     parser.add_argument("--rows", type=int, nargs="+", default=list(BARS), help="values of an id field")
-    parser.add_argument("--libraries", nargs="*", default=["torch-rechub", "deepctr-torch", "fuxictr"])
-    parser.add_argument("--loaders", action="store_true", help="each side with its own reading of the data")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 128])
-    parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--history", type=int, default=50, help="past items of a request, for din")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
     options = parser.parse_args()
     pin(range(options.threads))

@@ -251,3 +251,9 @@ def with_other_values(batch: Batch, field: Field, *, seed: int) -> Batch:
     leading = batch.mask_QC.shape if group == "item" else batch.mask_QC.shape[:1]
     new = values(field, tuple(leading), torch.Generator().manual_seed(seed))
     return replace(batch, **{group: {**old, field.name: new}})
+
+
+def dense_grad(parameter: nn.Parameter) -> Tensor:
+    """Its gradient, every row of a table."""
+    assert parameter.grad is not None
+    return parameter.grad.coalesce().to_dense() if parameter.grad.is_sparse else parameter.grad

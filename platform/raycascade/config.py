@@ -86,6 +86,11 @@ class Stage(Frozen):
     def _of_any_folder(cls, value: str | None) -> str | None:
         return value and storage.absolute(value)  # workers run in other folders
 
+    @field_validator("model")
+    @classmethod
+    def _without_preset(cls, model: dict[str, Any]) -> dict[str, Any]:
+        return plugins.spelled_out("models", model, "model")
+
     @property
     def num_tasks(self) -> int:
         """Logits of the model."""

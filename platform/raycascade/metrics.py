@@ -186,7 +186,8 @@ class BinaryMetrics:
     CALIBRATION_BINS bins of equal mass (Naeini et al., AAAI 2015, there with bins of equal width).
     predicted_over_observed: sum of predictions / number of positives.
 
-    An exact AUC needs every score: rows are kept as float32 logit, label and group key, 13 bytes each. A label of NaN
+    An exact AUC needs every score: rows are kept as float32 logit (float64 where that is given), label
+    and group key, 13 bytes each. A label of NaN
     is left out, so that padding and unobserved feedback can be passed as they are. What is not defined is NaN.
     """
 
@@ -199,7 +200,7 @@ class BinaryMetrics:
         group_ids: "Sequence[object] | Tensor | np.ndarray",
     ) -> None:
         """Logits and labels of one shape, [rows] or [Q, C]; group ids (users) per row, or per request for [Q, C]."""
-        scores, truth = (_float32(x) for x in (logits, labels))
+        scores, truth = (_numbers(x) for x in (logits, labels))
         groups = _keys(group_ids)
         if scores.ndim == 2:
             groups = np.repeat(groups, scores.shape[1])
@@ -277,8 +278,10 @@ def _probabilities(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -logits))
 
 
-def _float32(values: "Tensor | np.ndarray") -> np.ndarray:
-    return values.detach().cpu().float().numpy() if isinstance(values, Tensor) else values.astype(np.float32)
+def _numbers(values: "Tensor | np.ndarray") -> np.ndarray:
+    """float64 as it is, anything else as float32."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
 def grouped_auc(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[float, int]:

@@ -1,13 +1,15 @@
 """The folder is the registry: `loss: {name: lcron}` is the one public class of `losses/lcron.py`.
 
 A file whose name starts with an underscore holds shared parts and is not a plug-in. Every plug-in file has one class
-that is marked by an inner class `Config(PluginConfig)`; its options are the keys beside `name`.
+that is marked by an inner class `Config(PluginConfig)`; its options are the keys beside `name`. `preset: paper` stands
+for the keys that the class lists under `presets`; keys beside it come before those of the preset.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -16,7 +18,10 @@ from raycascade.schema import Frozen, near_miss
 
 
 class PluginConfig(Frozen):
-    """Options of a plug-in: frozen, unknown keys are errors, all defaults live in the class."""
+    """Options of a plug-in: frozen, unknown keys are errors, all defaults live in the class. `presets`: settings by
+    name, such as "paper", those of the publication."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
 
 @cache
@@ -40,13 +45,28 @@ def find(folder: str, name: str) -> Any:
     return classes[0]
 
 
+def spelled_out(folder: str, spec: dict[str, Any], where: str) -> dict[str, Any]:
+    """The spec with the keys that its preset stands for in place of `preset`, and so for a plug-in inside it: what is
+    saved with a model does not change with a later release. ConfigError for a preset that is not there."""
+    own = {key: spelled_out(folder, value, f"{where}.{key}") if isinstance(value, dict) else value
+           for key, value in spec.items()}
+    name = spec.get("name")
+    if "preset" not in own or not isinstance(name, str) or name not in names(folder):
+        return own
+    presets, preset = find(folder, name).Config.presets, own.pop("preset")
+    if preset not in presets:
+        there = f"; {name} has {', '.join(presets)}" if presets else f"; {name} has none"
+        raise ConfigError(f"{where}.preset: there is no {preset!r}{there}")
+    return presets[preset] | own
+
+
 def options(folder: str, spec: dict[str, Any], where: str) -> tuple[Any, PluginConfig]:
     """Class and validated options of a spec such as {"name": "din", "hidden": [64, 32]}; `where` names it in errors."""
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise ConfigError(f"{where}: expected a mapping with a name, such as {{name: {names(folder)[0]}}}; "
                           f"got {spec!r}")
     plugin = find(folder, spec["name"])
-    rest = {key: value for key, value in spec.items() if key != "name"}
+    rest = {key: value for key, value in spelled_out(folder, spec, where).items() if key != "name"}
     try:
         return plugin, plugin.Config.model_validate(rest)
     except ValidationError as error:

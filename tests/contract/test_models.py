@@ -1,4 +1,4 @@
-"""Every file in models/ keeps the promises of a torch model (M1-M20), under its defaults and some variants."""
+"""Every file in models/ keeps the promises of a torch model (M1-M19), under its defaults and some variants."""
 
 import copy
 from dataclasses import replace
@@ -23,6 +23,7 @@ from tests.model_cases import (
     accepted,
     build,
     case_id,
+    dense_grad,
     one_candidate_a_request,
     padded_candidates,
     padded_history,
@@ -57,11 +58,6 @@ def weighted_loss(model: Any, batch: Batch, *, seed: int = 0) -> Tensor:
     return (logits * weights).sum() + sum(extra.values())
 
 
-def dense_grad(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.coalesce().to_dense() if parameter.grad.is_sparse else parameter.grad
-
-
 # ---------------------------------------------------------------- shapes and masks
 @every_case
 @pytest.mark.parametrize("training", [False, True])
@@ -80,7 +76,7 @@ def test_one_request_with_one_candidate_and_no_history_is_scored(name: str, opti
 def test_logits_are_float32_numbers_below_0_and_above_1(name: str, options: dict[str, Any]):
     """Wide parameters, because a cosine with a scale near 1 cannot leave [-1, 1] by itself."""
     options = {**options, **SIGNED.get(name, {})}
-    models = [build(name, options, seed=seed, std=1.0).float() for seed in range(8)]
+    models = [build(name, options, seed=seed, std=1.0).float() for seed in range(5)]
     logits = torch.cat([model(random_batch(seed=seed)) for seed, model in enumerate(models)])
     assert logits.dtype == torch.float32
     assert logits.min() < 0
@@ -372,38 +368,3 @@ def test_sequence_models_read_the_target_and_the_order_they_promise(name: str):
     flipped = replace(batch, history={n: x.flip(1) for n, x in batch.history.items()})
     changed = (model(flipped) - model(batch))[batch.mask_QC].abs().max()
     assert changed > 1e-6 if ORDER_MATTERS[name] else changed < 1e-10
-
-
-@every_case
-def test_a_request_without_a_label_teaches_that_task_nothing(name: str, options: dict[str, Any]):
-    """Gradients of task 1 over a batch with missing labels are those over its labelled requests alone."""
-    batch = random_batch()
-    labels = torch.randint(0, 2, (8, 5), generator=torch.Generator().manual_seed(4)).double()
-    labels[5:] = torch.nan
-
-    def gradients(part: Batch, part_labels: Tensor) -> list[Tensor]:
-        model = build(name, options, num_tasks=2)
-        known = part_labels.isfinite() & part.mask_QC
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            model(part)[..., 1], torch.where(known, part_labels, 0.0), reduction="none")
-        torch.where(known, loss, 0.0).sum().backward()
-        return [torch.zeros_like(p) if p.grad is None else dense_grad(p) for p in model.parameters()]
-
-    whole, labelled = gradients(batch, labels), gradients(requests_at(batch, list(range(5))), labels[:5])
-    for one, other in zip(whole, labelled, strict=True):
-        assert one.isfinite().all()
-        assert_close(one, other, atol=1e-9)
-
-
-@every_case
-def test_the_loss_of_one_task_leaves_the_logits_of_the_others_their_own_parameters(name: str, options: dict[str, Any]):
-    """Some parameter serves each task alone."""
-    def touched(task: int) -> Tensor:
-        model = build(name, options, num_tasks=2)
-        model(random_batch())[..., task].sum().backward()
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else dense_grad(p)).flatten() != 0
-                          for p in model.parameters()])
-
-    first, second = touched(0), touched(1)
-    assert (first & ~second).any()
-    assert (second & ~first).any()

@@ -105,7 +105,7 @@ def test_two_tasks_have_figures_of_their_own_that_equal_brute_force(log: tuple[P
         expected = brute_gauc(column[known], labels[known], users[known])
         assert metrics[f"gauc/ranker/{task}"] == pytest.approx(expected, abs=1e-6)
         assert metrics[f"auc/ranker/{task}"] > 0.62
-        assert metrics[f"calibration_error/ranker/{task}"] < 0.15
+        assert metrics[f"calibration_error/ranker/{task}"] < 0.12
         assert 0.8 < metrics[f"predicted_over_observed/ranker/{task}"] < 1.2
     assert "auc/ranker" in metrics
     assert "logloss/ranker" not in metrics  # a fused score is no probability

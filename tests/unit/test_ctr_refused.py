@@ -9,9 +9,10 @@ import pytest
 
 from raycascade import cli, plugins
 from raycascade.cascade import Cascade
-from raycascade.config import Config, parse_config
+from raycascade.config import Config, load_config, parse_config
 from raycascade.errors import ConfigError
 from raycascade.fitting import FitPart, declared_space
+from raycascade.flows.prepare import open_dataset
 from raycascade.schema import FeatureSchema
 from raycascade.shards import Shards
 from raycascade.training import loop
@@ -31,6 +32,7 @@ from tests.model_cases import SPACE
 from tests.tiny_shards import STAGES, train_config, write_shards
 from tests.tiny_world import SCHEMA
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 BARE = FeatureSchema.model_validate({
     "features": [{"kind": "id", "name": "item_id", "side": "item"}, {"kind": "id", "name": "city", "side": "user"},
                  {"kind": "dense", "name": "age", "side": "user"}, {"kind": "dense", "name": "price", "side": "item"}],
@@ -78,6 +80,12 @@ def test_a_model_is_not_refused_for_values_that_only_the_log_will_show(model: st
     apart = model in ("two_tower", "int_tower", "gesr")  # a tower sees no pair
     exclude = ["pair", "income_missing"] if apart else ["income_missing"]
     check_stages(config_of({"name": model}, exclude=exclude), SCHEMA)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml") if p.name != "runtime_env.yaml"))
+def test_the_configs_of_the_project_go_with_the_features_of_their_data(name: str):
+    config = load_config(str(CONFIGS / name), [])
+    check_stages(config, open_dataset(config).schema())
 
 
 def test_the_declared_space_has_the_fields_of_the_fitted_one():

@@ -77,6 +77,14 @@ def test_config_md_names_every_key_with_its_default(title: str):
             assert seen == (list(default) if isinstance(default, tuple) else default), key
 
 
+@pytest.mark.parametrize("title", SECTIONS)
+def test_config_md_says_what_every_preset_stands_for(title: str):
+    shown = re.findall(r"^`preset: (\w+)`[^`]* is `(.+?)`", _sections("config.md").get(title, ""), flags=re.M)
+    presets = {name: {key: list(value) if isinstance(value, tuple) else value for key, value in preset.items()}
+               for name, preset in getattr(SECTIONS[title], "presets", {}).items()}
+    assert {name: yaml.safe_load(text) for name, text in shown} == presets
+
+
 # ---------------------------------------------------------------- features.md
 def test_features_md_has_an_example_of_every_kind_and_every_example_is_a_valid_schema():
     kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(get_args(Feature)[0])}

@@ -53,7 +53,7 @@ def test_without_numbers_there_is_no_row_for_them():
 def bottom_vector(model: Any, batch: Batch) -> Tensor:
     """b [Q, C, k] from all numbers side by side."""
     def side_by_side(group: Mapping[str, Tensor], side: str) -> Tensor:
-        numbers = [group[f.name] for f in model.numbers[side]]
+        numbers = [group[f.name] for f in model.inputs.numbers[side]]
         return torch.stack(numbers, -1) if numbers else torch.zeros(*batch.mask_QC.shape, 0, dtype=torch.float64)
 
     means_QD = masked_mean(side_by_side(batch.history, "event"), batch.history_mask_QL)

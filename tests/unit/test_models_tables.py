@@ -77,3 +77,16 @@ def test_passes_do_not_mix_whatever_becomes_of_them():
     assert gradient.to_dense()[:, 0].tolist() == [0, 0, 0, 0, 1, *[0] * 8]
     assert unused.requires_grad
     assert torch.equal(copy.deepcopy(tables).weight, tables.weight)
+
+
+def test_a_table_that_is_moved_or_gets_another_weight_between_two_passes_collects_for_the_new_one():
+    tables, rows = joined(), torch.tensor([3, 4])
+    tables(rows)
+    tables.float()(rows).sum().backward()
+    assert tables.weight.grad is not None
+    assert tables.weight.grad.dtype == torch.float32
+    tables(rows)
+    tables.weight = nn.Parameter(tables.weight.detach().clone())
+    tables(rows).sum().backward()
+    assert tables.weight.grad is not None
+    assert tables.weight.grad.to_dense()[:, 0].tolist() == [0, 0, 0, 1, 1, *[0] * 8]

@@ -3,8 +3,10 @@
 from pydantic import Field as Option
 from torch import Tensor, nn
 
+from raycascade.models._first_order import FirstOrder, NoFirstOrder
 from raycascade.models._inputs import InputOptions
 from raycascade.models._layers import ActivationName, NormName, SplitMLP
+from raycascade.models._model import RepresentingModel
 
 
 class DeepOptions(InputOptions):
@@ -40,3 +42,20 @@ class DeepPart(nn.Module):
         if self.mlp is None:
             return x_QCD.new_zeros(*mask_QC.shape, self.num_tasks)
         return self.mlp(request_QH, x_QCD, mask_QC)
+
+
+class LinearAndDeep(RepresentingModel):
+    """A first-order term beside an MLP over what the model makes of the fields, without an output bias: logits start
+    at w_0."""
+
+    linear: FirstOrder | NoFirstOrder
+    mlp: SplitMLP
+
+    def first_order(self) -> tuple[nn.Module, ...]:
+        """w_0 and the weights of values."""
+        return (self.linear,)
+
+    def silence(self) -> None:
+        """Logits start at w_0, 0."""
+        self.linear.silence()
+        self.mlp.silence()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
-from raycascade.models._stacks import FieldStacks, StackOptions, count_fields
+from raycascade.models._inputs import InputOptions
+from raycascade.models._stacks import FieldStacks, count_fields
 from raycascade.schema import FeatureSpace
 
 ProductName = Literal["hadamard", "inner"]
@@ -26,7 +27,7 @@ class FieldAwarePairs(nn.Module):
     uu_right: Tensor
     uc_left: Tensor
 
-    def __init__(self, options: StackOptions, space: FeatureSpace, *, model: str, product: ProductName) -> None:
+    def __init__(self, options: InputOptions, space: FeatureSpace, *, model: str, product: ProductName) -> None:
         super().__init__()
         (num_request, num_candidate), self.product, self.dim = count_fields(space), product, options.dim
         num_fields = num_request + num_candidate

@@ -72,6 +72,26 @@ class FirstOrder(nn.Module):
         return (shares.unsqueeze(-2) @ weights).squeeze(-2)
 
 
+class NoFirstOrder(nn.Module):
+    """Adds 0, in a model that is built without an output: weights per value say something about logits only."""
+
+    def silence(self) -> None:
+        """It is."""
+
+    def of_request(self, batch: Batch) -> Tensor:
+        """[Q, 1]."""
+        return torch.zeros(batch.num_requests, 1, device=batch.mask_QC.device)
+
+    def forward(self, request_Q1: Tensor, batch: Batch) -> Tensor:
+        """[Q, 1, 1]."""
+        return request_Q1[:, None]
+
+
+def first_order_of(space: FeatureSpace, num_tasks: int) -> FirstOrder | NoFirstOrder:
+    """The first-order term of so many tasks."""
+    return FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
+
+
 def _shares(field: Field, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """What the weight of each place counts for."""
     valid = (rows != PADDING).to(dtype)

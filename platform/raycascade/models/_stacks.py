@@ -6,12 +6,19 @@ from torch import Tensor
 
 from raycascade.batch import Batch
 from raycascade.errors import ConfigError
+from raycascade.models._deep import DeepOptions
 from raycascade.models._inputs import FieldInputs, InputOptions
 from raycascade.schema import FeatureSpace
 
 
 class StackOptions(InputOptions):
     """Options of models that need every field as a vector of width `dim`; a number is x v + c."""
+
+    dense: Literal["field"] = "field"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class DeepStackOptions(DeepOptions):
+    """The same for models with an MLP over what they make of the fields."""
 
     dense: Literal["field"] = "field"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -28,7 +35,7 @@ class FieldStacks(FieldInputs):
     ConfigError where there are fewer than `least` fields, or none of the candidate.
     """
 
-    def __init__(self, options: StackOptions, space: FeatureSpace, *, model: str, least: int = 1) -> None:
+    def __init__(self, options: InputOptions, space: FeatureSpace, *, model: str, least: int = 1) -> None:
         super().__init__(options, space, model=model)
         self.num_request, self.num_candidate = count_fields(space)
         if self.num_fields < least:

@@ -50,7 +50,7 @@ class JoinedTables(nn.Embedding):
         """Vectors of joined rows [..., width]."""
         if not (self.sparse and torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(input)
-        if self._lookups is None or self._lookups.done:
+        if self._lookups is None or not self._lookups.open_for(self.weight):
             self._lookups = _Lookups(self.weight)
         return _Lookup.apply(self._lookups.anchor, self.weight.detach(), input, self._lookups)  # type: ignore[return-value]
 
@@ -67,8 +67,14 @@ class _Lookups:
 
     def __init__(self, weight_NK: Tensor) -> None:
         self.found: list[tuple[Tensor, Tensor]] = []
-        self.done = False
+        self.done, self.weight_NK = False, weight_NK
         self.anchor: Tensor = _Collect.apply(weight_NK, self)  # type: ignore[assignment]
+
+
+    def open_for(self, weight_NK: Tensor) -> bool:
+        """Whether a lookup may still join: no way back yet, and the same weight, where and as wide as it was."""
+        alike = (self.anchor.dtype, self.anchor.device) == (weight_NK.dtype, weight_NK.device)
+        return not self.done and self.weight_NK is weight_NK and alike
 
 
 class _Collect(torch.autograd.Function):

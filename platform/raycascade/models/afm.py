@@ -8,10 +8,9 @@ from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
-from raycascade.models._first_order import FirstOrder
+from raycascade.models._first_order import first_order_of
 from raycascade.models._layers import linear
 from raycascade.models._model import RepresentingModel
-from raycascade.models._no_first_order import NoFirstOrder
 from raycascade.models._pairs import FieldPairs
 from raycascade.models._stacks import FieldStacks, StackOptions
 from raycascade.schema import FeatureSpace
@@ -35,7 +34,9 @@ class Afm(RepresentingModel):
     """
 
     class Config(StackOptions):
-        """`l2_attention` adds its multiple of |W|^2 to the loss; the paper's preset: dim 256, attention_dim 256."""
+        """`l2_attention` adds its multiple of |W|^2 to the loss."""
+
+        presets = {"paper": {"dim": 256, "attention_dim": 256}}
 
         dim: int = Option(default=8, ge=1)
         attention_dim: int = Option(default=8, ge=1)
@@ -45,7 +46,7 @@ class Afm(RepresentingModel):
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.inputs = FieldStacks(config, space, model="afm", least=2)
-        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
+        self.linear = first_order_of(space, num_tasks)
         self.pairs = FieldPairs(self.inputs.num_request, self.inputs.num_candidate)
         inner = linear(config.dim, config.attention_dim)
         self.attention = nn.Sequential(inner, nn.ReLU(), linear(config.attention_dim, 1, bias=False))

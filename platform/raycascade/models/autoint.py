@@ -59,7 +59,9 @@ class AutoInt(RepresentingModel):
     makes it AutoInt+. There is no first-order term."""
 
     class Config(StackOptions):
-        """The paper's preset: dim 16, num_layers 3, heads 2, head_dim 16; AutoInt+ has an MLP beside."""
+        """AutoInt+ has an MLP beside: `hidden`."""
+
+        presets = {"paper": {"dim": 16, "num_layers": 3, "heads": 2, "head_dim": 16}}
 
         num_layers: int = Option(default=2, ge=1)
         heads: int = Option(default=2, ge=1)

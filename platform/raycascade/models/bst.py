@@ -78,13 +78,15 @@ class Bst(RepresentingModel):
     """
 
     class Config(InputOptions):
-        """The paper's preset: heads 8, dropout 0.2, hidden [1024, 512, 256], 20 events; more than one block was worse.
+        """In the paper more than one block was worse.
 
         `position`: index, a learned vector for each rank from the newest event; events, what the event features say
         (the paper's: declare an `age`). `mask`: isolated, events read events and the target reads them and itself;
         full (the paper's), events read the target too, so that nothing is computed once a request. With one block and
         `pool: target` both are equal. `pool`: what enters the MLP of the last rows.
         """
+
+        presets = {"paper": {"heads": 8, "dropout": 0.2, "hidden": (1024, 512, 256), "max_events": 20}}
 
         hidden: tuple[int, ...] = (64, 32)
         activation: ActivationName = "leaky_relu"

@@ -21,7 +21,9 @@ class Dcn(RepresentingModel):
     """
 
     class Config(DeepOptions):
-        """The paper's size: 2 to 6 cross layers, hidden [1024, 1024]. `hidden: []` leaves the crosses alone."""
+        """`hidden: []` leaves the crosses alone. The paper has 2 to 6 cross layers."""
+
+        presets = {"paper": {"num_layers": 6, "hidden": (1024, 1024)}}
 
         num_layers: int = Option(default=2, ge=1)
 

@@ -86,7 +86,9 @@ class DcnV2(RepresentingModel):
 
     class Config(DeepOptions):
         """`rank`: null is the full matrix W_l; a mixture saves time only where experts * rank < width / 2. The paper's
-        size: 2 to 3 layers, experts 4, rank about a quarter of the width."""
+        rank is about a quarter of the width, 256 for Criteo."""
+
+        presets = {"paper": {"num_layers": 3, "experts": 4, "rank": 256}}
 
         num_layers: int = Option(default=2, ge=1)
         structure: Literal["parallel", "stacked"] = "parallel"

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 from pydantic import Field as Option
-from torch import Tensor, nn
+from torch import Tensor
 
 from raycascade.batch import Batch
+from raycascade.models._deep import LinearAndDeep
 from raycascade.models._field_aware import FieldAwarePairs, ProductName
-from raycascade.models._first_order import FirstOrder
-from raycascade.models._layers import ActivationName, NormName, SplitMLP
-from raycascade.models._model import RepresentingModel
-from raycascade.models._no_first_order import NoFirstOrder
-from raycascade.models._stacks import StackOptions
+from raycascade.models._first_order import first_order_of
+from raycascade.models._layers import SplitMLP
+from raycascade.models._stacks import DeepStackOptions
 from raycascade.schema import FeatureSpace
 
 
@@ -25,40 +24,29 @@ class DeepFfmState:
     linear_QT: Tensor
 
 
-class DeepFfm(RepresentingModel):
+class DeepFfm(LinearAndDeep):
     """z = w_0 + sum w + MLP(h), h = V[i, j] * V[j, i] for all pairs of fields i < j, or their inner products.
 
     A field has a vector for each of the m - 1 others: an embedding costs (m - 1) k numbers. A column of the history is
     one field, its mean. ConfigError with fewer than two fields.
     """
 
-    class Config(StackOptions):
-        """The preset of publications: dim 10, hidden [1600, 1600, 1600], dropout 0.5."""
+    class Config(DeepStackOptions):
+        """Options of deepffm."""
+
+        presets = {"paper": {"dim": 10, "hidden": (1600, 1600, 1600), "dropout": 0.5}}
 
         dim: int = Option(default=4, ge=1)
         product: ProductName = "hadamard"
-        hidden: tuple[int, ...] = (64, 32)
-        activation: ActivationName = "relu"
-        norm: NormName = "none"
-        dropout: float = Option(default=0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.pairs = FieldAwarePairs(config, space, model="deepffm", product=config.product)
-        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
+        self.linear = first_order_of(space, num_tasks)
         self.mlp = SplitMLP(self.pairs.num_uu * self.pairs.width, self.pairs.num_rest * self.pairs.width,
                             config.hidden, num_tasks, activation=config.activation, norm=config.norm,
                             dropout=config.dropout, out_bias=False)
         self.representation_width = (0, *config.hidden)[-1]
-
-    def first_order(self) -> tuple[nn.Module, ...]:
-        """w_0 and the weights of values."""
-        return (self.linear,)
-
-    def silence(self) -> None:
-        """Logits start at w_0, 0."""
-        self.linear.silence()
-        self.mlp.silence()
 
     def encode_request(self, batch: Batch) -> DeepFfmState:
         """The request's pairs."""

@@ -69,7 +69,9 @@ class DeepFM(TorchModel):
     """
 
     class Config(DeepOptions):
-        """The paper's size: dim 10, hidden [400, 400, 400], dropout 0.5."""
+        """Options of deepfm."""
+
+        presets = {"paper": {"dim": 10, "hidden": (400, 400, 400), "dropout": 0.5}}
 
         dim: int = Option(default=8, ge=1)
         dense: Literal["field"] = "field"  # pyright: ignore[reportIncompatibleVariableOverride]

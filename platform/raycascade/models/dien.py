@@ -101,11 +101,11 @@ class Dien(RepresentingModel):
     """
 
     class Config(InputOptions):
-        """The released code's preset: dim 18, two item fields, hidden [200, 80].
+        """`attention`: product, or mlp, the unit of din with a softmax. `alpha`: weight of the auxiliary loss, which
+        asks each state to tell the next event from a random item (equation 7), 0 for none; `auxiliary`: by their
+        product, or by an mlp of 100-50. `pooled` also feeds the sum of the history and its product with v."""
 
-        `attention`: product, or mlp, the unit of din with a softmax. `alpha`: weight of the auxiliary loss, which asks
-        each state to tell the next event from a random item (equation 7), 0 for none; `auxiliary`: by their product,
-        or by an mlp of 100-50. `pooled` also feeds the sum of the history and its product with v."""
+        presets = {"code": {"dim": 18, "hidden": (200, 80)}}
 
         hidden: tuple[int, ...] = (64, 32)
         activation: ActivationName = "dice"

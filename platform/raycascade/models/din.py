@@ -94,7 +94,10 @@ class Din(RepresentingModel):
     """
 
     class Config(InputOptions):
-        """The paper's preset: attention [80, 40] sigmoid, hidden [200, 80], dim 64."""
+        """Options of din."""
+
+        presets = {"paper": {
+            "dim": 64, "hidden": (200, 80), "attention_hidden": (80, 40), "attention_activation": "sigmoid"}}
 
         hidden: tuple[int, ...] = (64, 32)
         activation: ActivationName = "dice"

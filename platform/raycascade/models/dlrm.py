@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
 from raycascade.errors import ConfigError
-from raycascade.models._inputs import FieldInputs, InputOptions
-from raycascade.models._layers import ActivationName, NormName, SplitMLP, masked_mean
+from raycascade.models._apart import InputsApart
+from raycascade.models._deep import DeepOptions
+from raycascade.models._layers import SplitMLP
 from raycascade.models._model import RepresentingModel
-from raycascade.schema import FeatureSpace, Field
+from raycascade.schema import FeatureSpace
 
 
 @dataclass(frozen=True)
@@ -63,33 +63,24 @@ class Dlrm(RepresentingModel):
     rows.
     """
 
-    class Config(InputOptions):
-        """The preset of the released code: dim 16, bottom_hidden [512, 256, 64], hidden [512, 256]."""
+    class Config(DeepOptions):
+        """`bottom_hidden` are the layers over the numbers."""
+
+        presets = {"code": {"dim": 16, "bottom_hidden": (512, 256, 64), "hidden": (512, 256)}}
 
         dense: Literal["raw"] = "raw"  # pyright: ignore[reportIncompatibleVariableOverride]
         bottom_hidden: tuple[int, ...] = (32,)
-        hidden: tuple[int, ...] = (64, 32)
-        activation: ActivationName = "relu"
-        norm: NormName = "none"
-        dropout: float = Option(default=0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
-        self.inputs = FieldInputs(config, space, model="dlrm")
-        groups = {"request": self.inputs.request_fields, "candidate": self.inputs.candidate_fields,
-                  "event": (*self.inputs.history_fields, *self.inputs.event_fields)}
-        self.numbers = {side: tuple(f for f in fields if f.form == "dense") for side, fields in groups.items()}
-        self.fields = {side: tuple(f for f in fields if f.form != "dense") for side, fields in groups.items()}
-        widths = {side: len(fields) for side, fields in self.numbers.items()}
-        self.candidate_numbers = widths["candidate"]
+        self.inputs = InputsApart(config, space, model="dlrm")
         self.bottom = SplitMLP(
-            widths["request"] + widths["event"], widths["candidate"], config.bottom_hidden, config.dim,
-            activation=config.activation, dropout=config.dropout,
-        ) if any(widths.values()) else None
-        of_candidate = int(self.candidate_numbers > 0)  # rows b on either side
+            *self.inputs.num_numbers, config.bottom_hidden, config.dim, activation=config.activation,
+            dropout=config.dropout) if any(self.inputs.num_numbers) else None
+        of_candidate = int(self.inputs.num_numbers[1] > 0)  # rows b on either side
         of_request = int(self.bottom is not None) - of_candidate
-        num_request = len(self.fields["request"]) + len(self.fields["event"]) + of_request
-        num_candidate = len(self.fields["candidate"]) + of_candidate
+        num_request = self.inputs.num_fields[0] + of_request
+        num_candidate = self.inputs.num_fields[1] + of_candidate
         if num_request + num_candidate < 2:
             raise ConfigError("dlrm: it multiplies pairs of fields, the numbers being one, and the stage sees one "
                               "alone; exclude fewer features or use mlp")
@@ -107,11 +98,11 @@ class Dlrm(RepresentingModel):
 
     def encode_request(self, batch: Batch) -> DlrmState:
         """The request's rows and products, and b if candidates have no numbers."""
-        rows_QD = self._request_side(batch, self.fields)
+        rows_QD, numbers_QD = self.inputs.of_request(batch)
         bottom_QH, b_QK = None, rows_QD[:, :0]
         if self.bottom is not None:
-            bottom_QH = self.bottom.of_request(self._request_side(batch, self.numbers))
-            if not self.candidate_numbers:
+            bottom_QH = self.bottom.of_request(numbers_QD)
+            if not self.inputs.num_numbers[1]:
                 b_QK = torch.relu(self.bottom(bottom_QH, bottom_QH[:, None, :0])).flatten(1)
         rows_QMK = torch.cat([b_QK, rows_QD], -1).view(len(rows_QD), self.num_rows[0], self.inputs.dim)
         top_QH = self.top.of_request(torch.cat([b_QK, self.dots.of_request(rows_QMK)], -1))
@@ -120,17 +111,10 @@ class Dlrm(RepresentingModel):
     def score_candidates(self, state: DlrmState, batch: Batch) -> Tensor:
         """Logits [Q, C, T]."""
         shape = batch.mask_QC.shape
-        rows_QCD = self.inputs.matrix(batch.item, self.fields["candidate"], shape)
+        rows_QCD, numbers_QCD = self.inputs.of_candidates(batch)
         b_QCK = rows_QCD[..., :0]
-        if self.candidate_numbers and self.bottom is not None and state.bottom_QH is not None:
-            numbers_QCD = self.inputs.matrix(batch.item, self.numbers["candidate"], shape)
+        if self.inputs.num_numbers[1] and self.bottom is not None and state.bottom_QH is not None:
             b_QCK = torch.relu(self.bottom(state.bottom_QH, numbers_QCD, batch.mask_QC))
         rows_QCNK = torch.cat([b_QCK, rows_QCD], -1).view(*shape, self.num_rows[1], self.inputs.dim)
         dots_QCP = self.dots(state.rows_QMK, rows_QCNK)
         return self.top(state.top_QH, torch.cat([b_QCK, dots_QCP], -1), batch.mask_QC)
-
-    def _request_side(self, batch: Batch, fields: dict[str, tuple[Field, ...]]) -> Tensor:
-        """Some fields of the request, and the means of some of its history's columns [Q, D]."""
-        own_QD = self.inputs.matrix(batch.user, fields["request"], (batch.num_requests,))
-        events_QLD = self.inputs.matrix(batch.history, fields["event"], batch.history_mask_QL.shape)
-        return torch.cat([own_QD, masked_mean(events_QLD, batch.history_mask_QL)], -1)

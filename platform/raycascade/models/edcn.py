@@ -59,8 +59,9 @@ class Edcn(RepresentingModel):
 
     class Config(InputOptions):
         """`gate_scale: fields` multiplies the gates by the number of fields m, so that equal gates change nothing; with
-        `none`, the authors' form, each level shrinks its input m times and a wide schema is hardly learned. The
-        authors' size: 3 layers."""
+        `none`, the authors' form, each level shrinks its input m times and a wide schema is hardly learned."""
+
+        presets = {"code": {"num_layers": 3}}
 
         dense: Literal["field"] = "field"  # pyright: ignore[reportIncompatibleVariableOverride]
         num_layers: int = Option(default=2, ge=1)

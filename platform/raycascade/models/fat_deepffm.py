@@ -7,14 +7,13 @@ from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
+from raycascade.models._deep import LinearAndDeep
 from raycascade.models._excitation import Excitation
 from raycascade.models._field_aware import FieldAwarePairs, ProductName
-from raycascade.models._first_order import FirstOrder
-from raycascade.models._layers import ActivationName, NormName, SplitMLP, initialise
-from raycascade.models._model import RepresentingModel
-from raycascade.models._no_first_order import NoFirstOrder
+from raycascade.models._first_order import first_order_of
+from raycascade.models._layers import SplitMLP, initialise
 from raycascade.models._pairs import split_with_rescaled
-from raycascade.models._stacks import StackOptions
+from raycascade.models._stacks import DeepStackOptions
 from raycascade.schema import FeatureSpace
 
 
@@ -29,28 +28,26 @@ class FatDeepFfmState:
     linear_QT: Tensor
 
 
-class FatDeepFfm(RepresentingModel):
+class FatDeepFfm(LinearAndDeep):
     """`deepffm` on gated vectors V'[i, j] = S_ij V[i, j]: the attention comes before the interaction.
 
     D_ij = ReLU(u_ij . V[i, j]) with a filter u_ij for each of the n = m (m - 1) vectors, S = ReLU(W2 ReLU(W1 D)),
     W1 in R^{n/r x n}. Products of the request's pairs are made once and scaled by S_ij S_ji for each candidate.
     """
 
-    class Config(StackOptions):
-        """The preset of publications: reduction 1, dim 10, hidden [1600, 1600, 1600], dropout 0.5."""
+    class Config(DeepStackOptions):
+        """Options of fat_deepffm."""
+
+        presets = {"paper": {"reduction": 1, "dim": 10, "hidden": (1600, 1600, 1600), "dropout": 0.5}}
 
         dim: int = Option(default=4, ge=1)
         reduction: int = Option(default=4, ge=1)
         product: ProductName = "hadamard"
-        hidden: tuple[int, ...] = (64, 32)
-        activation: ActivationName = "relu"
-        norm: NormName = "none"
-        dropout: float = Option(default=0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.pairs = FieldAwarePairs(config, space, model="fat_deepffm", product=config.product)
-        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
+        self.linear = first_order_of(space, num_tasks)
         self.filters = nn.Parameter(torch.empty(sum(self.pairs.num_cells), config.dim))
         with torch.no_grad():
             initialise(self.filters[:, None])  # each reads the k numbers of one vector
@@ -58,15 +55,6 @@ class FatDeepFfm(RepresentingModel):
         self.mlp = SplitMLP(0, (self.pairs.num_uu + self.pairs.num_rest) * self.pairs.width, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout, out_bias=False)
         self.representation_width = (0, *config.hidden)[-1]
-
-    def first_order(self) -> tuple[nn.Module, ...]:
-        """w_0 and the weights of values."""
-        return (self.linear,)
-
-    def silence(self) -> None:
-        """Logits start at w_0, 0."""
-        self.linear.silence()
-        self.mlp.silence()
 
     def encode_request(self, batch: Batch) -> FatDeepFfmState:
         """The request's pairs and its share of the gates."""

@@ -8,13 +8,12 @@ from pydantic import Field as Option
 from torch import Tensor, nn
 
 from raycascade.batch import Batch
+from raycascade.models._deep import LinearAndDeep
 from raycascade.models._excitation import Excitation
-from raycascade.models._first_order import FirstOrder
-from raycascade.models._layers import ActivationName, NormName, SplitMLP, initialise
-from raycascade.models._model import RepresentingModel
-from raycascade.models._no_first_order import NoFirstOrder
+from raycascade.models._first_order import first_order_of
+from raycascade.models._layers import SplitMLP, initialise
 from raycascade.models._pairs import FieldPairs, split_with_rescaled
-from raycascade.models._stacks import FieldStacks, StackOptions
+from raycascade.models._stacks import DeepStackOptions, FieldStacks
 from raycascade.schema import FeatureSpace
 
 BilinearName = Literal["all", "each", "interaction"]
@@ -85,7 +84,7 @@ def _mapped(vectors: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("...fk,flk->...fl", vectors, weight)
 
 
-class Fibinet(RepresentingModel):
+class Fibinet(LinearAndDeep):
     """z = w_0 + sum w + MLP([p; q]): bilinear products of pairs of the fields (p), and of the gated fields (q).
 
     A = f(W2 ReLU(W1 Z)), Z_f the mean of e_f, gates field f: v_f = A_f e_f. p_ij = (W e_i) * e_j and
@@ -93,21 +92,19 @@ class Fibinet(RepresentingModel):
     the history is one field, its mean. ConfigError with fewer than two fields.
     """
 
-    class Config(StackOptions):
-        """The paper's preset: bilinear interaction, hidden [400, 400, 400]."""
+    class Config(DeepStackOptions):
+        """Options of fibinet."""
+
+        presets = {"paper": {"bilinear": "interaction", "hidden": (400, 400, 400)}}
 
         bilinear: BilinearName = "each"
         reduction: int = Option(default=3, ge=1)
         excitation: Literal["relu", "sigmoid"] = "relu"
-        hidden: tuple[int, ...] = (64, 32)
-        activation: ActivationName = "relu"
-        norm: NormName = "none"
-        dropout: float = Option(default=0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
         self.inputs = FieldStacks(config, space, model="fibinet", least=2)
-        self.linear = FirstOrder(space, num_tasks) if num_tasks else NoFirstOrder()
+        self.linear = first_order_of(space, num_tasks)
         self.pairs = FieldPairs(self.inputs.num_request, self.inputs.num_candidate)
         self.plain = BilinearPairs(self.pairs, config.dim, config.bilinear)
         self.gated = BilinearPairs(self.pairs, config.dim, config.bilinear)
@@ -117,15 +114,6 @@ class Fibinet(RepresentingModel):
         self.mlp = SplitMLP(of_request, 2 * self.pairs.num_pairs * config.dim - of_request, config.hidden, num_tasks,
                             activation=config.activation, norm=config.norm, dropout=config.dropout, out_bias=False)
         self.representation_width = (0, *config.hidden)[-1]
-
-    def first_order(self) -> tuple[nn.Module, ...]:
-        """w_0 and the weights of values."""
-        return (self.linear,)
-
-    def silence(self) -> None:
-        """Logits start at w_0, 0."""
-        self.linear.silence()
-        self.mlp.silence()
 
     def encode_request(self, batch: Batch) -> FibinetState:
         """The request's pairs and its share of the gates."""

@@ -50,6 +50,8 @@ class Gesr(ItemEncodingModel):
         loss of z_0 beside the stage's, on `primary_label` (None: the log's first) or on the labels of the stage's
         tasks. `hma`, `self`, `nro`, `ro`, `mlpg`: parts, and the gates."""
 
+        presets = {"lite": {"width": 32, "layers": 1, "history": 50, "ro": False, "gate_rank": 16}}
+
         vector_dim: int = Option(default=64, ge=1)
         pairs: tuple[Pair, ...] | None = Option(default=None, min_length=1)
         match_clip: int = Option(default=16, ge=1)

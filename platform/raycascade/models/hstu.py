@@ -34,9 +34,11 @@ class Hstu(TorchModel):
     """
 
     class Config(SequenceOptions, InputOptions):
-        """`dropout` of what a layer adds, `input_dropout` of the rows of the history. The released ranking model:
-        width 512, 5 layers, 4 heads, key_dim and value_dim 128, history 8192, dropout 0.1, input_dropout 0.2,
-        `silu: u`, `block_out: concat3`."""
+        """`dropout` of what a layer adds, `input_dropout` of the rows of the history. `preset: code` is the
+        released ranking model's."""
+
+        presets = {"code": {"width": 512, "layers": 5, "heads": 4, "key_dim": 128, "value_dim": 128, "history": 8192,
+                            "input_dropout": 0.2, "silu": "u", "block_out": "concat3"}}
 
         history: int = Option(default=200, ge=1)
         dropout: float = Option(default=0.1, ge=0, lt=1)

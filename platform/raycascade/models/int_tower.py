@@ -71,7 +71,9 @@ class IntTower(ItemEncodingModel):
     class Config(StackOptions):
         """`tap: output` reads the layers' outputs (the paper's), `input` their inputs (the authors' code). `contrast`:
         weight of an in-batch contrast of users and items at temperature 0.07, among the positives of `contrast_label`
-        (None: the log's first). The paper's preset: hidden [300, 300, 128], heads 32, head_dim 64, dropout 0.3."""
+        (None: the log's first)."""
+
+        presets = {"code": {"hidden": (300, 300, 128), "heads": 32, "head_dim": 64, "dropout": 0.3}}
 
         hidden: tuple[int, ...] = Option(default=(64, 32, 32), min_length=1)
         heads: int = Option(default=4, ge=1)

@@ -16,10 +16,12 @@ class Mlp(RepresentingModel):
     """z = MLP([x_u; x_c]); the history enters x_u as the mean of each of its columns."""
 
     class Config(InputOptions):
-        """`hidden`: widths of the hidden layers; [400, 400, 400] is the size of published comparisons.
+        """`hidden`: widths of the hidden layers.
 
         `interest`: also feeds the products of the candidate's item vector with the history's, pooled per value of the
         event field `history_by` (`GroupedHistory`): what a tower computes, as an input."""
+
+        presets = {"paper": {"hidden": (400, 400, 400)}}
 
         hidden: tuple[int, ...] = (64, 32)
         activation: ActivationName = "relu"

@@ -13,7 +13,9 @@ class Mmoe(MultiTaskModel):
     representation of a tower."""
 
     class Config(ExpertOptions):
-        """The paper's size is 8 experts. `experts` must be at least 2: the gates of one are constant."""
+        """`experts` must be at least 2: the gates of one are constant."""
+
+        presets = {"paper": {"experts": 8}}
 
         experts: int = Option(default=4, ge=2)
 

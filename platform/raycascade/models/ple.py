@@ -60,7 +60,9 @@ class Ple(MultiTaskModel):
     level reads [x_u; x_c], or the representation of a tower."""
 
     class Config(ExpertOptions):
-        """`own_experts` of each task and `shared_experts` of a level; `levels`: 2 in the paper's largest test."""
+        """`own_experts` of each task and `shared_experts` of a level; `levels` of extraction."""
+
+        presets = {"paper": {"levels": 2}}
 
         levels: int = Option(default=1, ge=1)
         own_experts: int = Option(default=2, ge=1)

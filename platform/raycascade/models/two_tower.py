@@ -36,7 +36,9 @@ class TwoTower(TorchModel):
         `item_bias`: adds a learned scalar per item id to the score. `index_task`: the task whose order an index
         reproduces. `in_batch_weight`: of a softmax of each positive among those of the batch, corrected by how popular
         they are (`in_batch_softmax`), beside the stage's loss; positives have the label `in_batch_label` (None: the
-        log's first). The paper's preset: hidden [300, 300], vector_dim 128, activation tanh."""
+        log's first)."""
+
+        presets = {"paper": {"hidden": (300, 300), "vector_dim": 128, "activation": "tanh"}}
 
         hidden: tuple[int, ...] = (64,)
         item_hidden: tuple[int, ...] | None = None

@@ -20,7 +20,9 @@ class WideDeep(TorchModel):
 
     class Config(DeepOptions):
         """`crosses`: fields that the wide part alone sees, usually the schema's features of kind cross (the AND of
-        their parts). Without any the model is lr + mlp. The paper's size: dim 32, hidden [1024, 512, 256]."""
+        their parts). Without any the model is lr + mlp."""
+
+        presets = {"paper": {"dim": 32, "hidden": (1024, 512, 256)}}
 
         hidden: tuple[int, ...] = Option(default=(64, 32), min_length=1)  # without the deep part it is lr
         crosses: tuple[str, ...] = ()

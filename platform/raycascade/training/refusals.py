@@ -10,7 +10,7 @@ from raycascade.config import Config
 from raycascade.errors import ConfigError
 from raycascade.fitting import declared_space
 from raycascade.ragged import Ragged
-from raycascade.schema import FeatureSchema, FeatureSpace, near_miss
+from raycascade.schema import FIRST_ROW, FeatureSchema, FeatureSpace, near_miss
 from raycascade.semantic_ids.columns import declared_features
 from raycascade.shards import Shards
 from raycascade.training.objective import Objective
@@ -24,10 +24,12 @@ CGROUP = "/sys/fs/cgroup"
 def check_stages(config: Config, schema: FeatureSchema) -> None:
     """ConfigError where a model, a task or a loss of the config does not go with the declared features and labels.
 
-    Nothing is fitted yet, and all tables are small; what depends on the values of the log shows when training starts.
+    Nothing is fitted yet: tables have few rows, one value at least. What depends on the values of the log shows when
+    training starts.
     """
     space = declared_space(schema, declared_features(config, schema))
-    small = resized(space, {field.table: min(field.num_rows, FEW_ROWS) for field in space.fields})
+    rows = {field.table: min(max(field.num_rows, FIRST_ROW + 1), FEW_ROWS) for field in space.fields if field.table}
+    small = resized(space, rows)
     refuse_unknown_labels(Objective(config, Cascade(config, small)), space.labels)
 
 

@@ -68,17 +68,12 @@ def coalesce_gradients(tables: Iterable[Tensor]) -> None:
         rows_N = table.grad._indices()[0]
         if last is None or not torch.equal(last.rows_N, rows_N):
             last = SumsByRow(rows_N)
-        table.grad = torch.sparse_coo_tensor(last.touched_R[None], last(table.grad._values()), table.shape,
-                                             check_invariants=False, is_coalesced=True)
+        table.grad = last.of(table.grad)
 
 
 def coalesced(gradient: Tensor) -> Tensor:
     """The same for one gradient."""
-    if gradient.is_coalesced():
-        return gradient
-    sums = SumsByRow(gradient._indices()[0])
-    return torch.sparse_coo_tensor(sums.touched_R[None], sums(gradient._values()), gradient.shape,
-                                   check_invariants=False, is_coalesced=True)
+    return gradient if gradient.is_coalesced() else SumsByRow(gradient._indices()[0]).of(gradient)
 
 
 class SumsByRow:
@@ -95,3 +90,8 @@ class SumsByRow:
         if not len(values_NK):
             return values_NK
         return nn.functional.embedding_bag(self._order_N, values_NK, self._starts_R, mode="sum")
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """A gradient at these rows, coalesced."""
+        return torch.sparse_coo_tensor(self.touched_R[None], self(gradient._values()), gradient.shape,
+                                       check_invariants=False, is_coalesced=True)
