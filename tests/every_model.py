@@ -65,7 +65,7 @@ def one(folder: Path, shards: str, model: str, *, tasks: bool, port: int) -> tup
     pq.write_table(three.requests_of(asked), requests)
     score(uri, requests=str(requests), out=str(out))
     times.append(time.monotonic())
-    url = serving.start(uri, mode="composed", host="127.0.0.1", port=port, name=name, route_prefix=f"/{name}")
+    url = serving.start(uri, patient(port=port), name=name, route_prefix=f"/{name}")
     found = [three.read_answers(out), three.served_over_http(url, asked)]
     times.append(time.monotonic())
     differences = [three.greatest_difference(answers, expected) for answers in found]

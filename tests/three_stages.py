@@ -25,6 +25,7 @@ from raycascade.serving.api import build_api
 from raycascade.serving.gateway import Gateway
 from raycascade.serving.stages import LocalStage, StageServer
 from raycascade.shards import Shards
+from tests.served import patient
 
 MODELS = plugins.names("models")
 CASES = [(name, tasks) for name in MODELS for tasks in (False, True)]  # one logit, or two tasks and a fusion
@@ -138,7 +139,7 @@ def scored_by_actor(uri: str, requests: str, out: Path) -> list[Answer]:
 def served_in_process(gateway_bundle: Bundle, asked: list[dict[str, Any]]) -> list[Answer]:
     """The real gateway and HTTP interface, every stage with a bundle that it loads itself; no Ray and no socket."""
     uri = gateway_bundle.uri
-    gateway = Gateway(gateway_bundle, {name: LocalStage(StageServer(uri, name)) for name in KEEPS})
+    gateway = Gateway(gateway_bundle, {name: LocalStage(StageServer(uri, name)) for name in KEEPS}, patient())
 
     async def all_replies() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app=build_api(gateway), raise_app_exceptions=False)

@@ -67,14 +67,20 @@ class Bundle:
     @cached_property
     def version(self) -> str:
         """16 hexadecimal digits that change whenever any file does; copies of a bundle have the same."""
-        content = json.dumps(self.manifest["files"], sort_keys=True).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+        return _content_version(self.manifest["files"])
+
+    @cached_property
+    def excludes_seen(self) -> bool:
+        """Whether requests of the training log exclude all that their users were shown before."""
+        plugin, options = plugins.options("datasets", self.config.dataset, "dataset")
+        dataset = plugin(options, raw=self.config.paths.raw)
+        return dataset.form == "impressions" and dataset.exclude_seen
 
     @cached_property
     def users(self) -> "Users":
         """The users' encoded features and histories as of the end of the training log."""
         filesystem, path = storage.resolve(storage.join(self.uri, "users/users.parquet"))
-        return Users(pq.read_table(path, filesystem=filesystem))
+        return Users(pq.read_table(path, filesystem=filesystem).combine_chunks())
 
     def batch(self, requests: pa.Table) -> Batch:
         """Encoded requests -> a batch ready for `recommend`: without candidates where the first stage searches."""
@@ -116,7 +122,6 @@ class Bundle:
             both = _joined(stored, filler) if name == "exclude" else _coalesce(stored, filler, stands_in)
             encoded = encoded.set_column(encoded.column_names.index(name), name, both)
         return encoded
-
 
     def encode_items(self, items: pa.Table) -> pa.Table:
         """Raw items, as the data set has them, -> encoded, tokens of semantic ids included; nothing is trained.
@@ -289,6 +294,27 @@ def write_manifest(uri: str, *, fingerprint: str) -> None:
         "semantic_ids": {name: version_of(storage.join(uri, "semantic_ids", name)) for name in frozen},
         "files": {name: storage.sha256(storage.join(uri, name)) for name in names},
     })
+
+
+def add_to_manifest(uri: str, names: Iterable[str]) -> None:
+    """Notes more files of a bundle that was finished just now, before anyone was told of it."""
+    file = storage.join(uri, "manifest.json")
+    manifest = storage.read_json(file)
+    manifest["files"] |= {name: storage.sha256(storage.join(uri, name)) for name in names}
+    storage.write_json(file, manifest)
+
+
+def stated_version(uri: str) -> str:
+    """The version (`Bundle.version`) of a finished bundle by its manifest alone; its files are not looked at."""
+    require_finished(uri)
+    try:
+        return _content_version(storage.read_json(storage.join(uri, "manifest.json"))["files"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise BundleError(f"{uri}/manifest.json: damaged; restore the bundle or train again") from None
+
+
+def _content_version(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def remember_latest(bundles: str, uri: str) -> None:

@@ -23,6 +23,7 @@ from raycascade.schema import PADDING, FeatureSpace, near_miss
 from raycascade.semantic_ids.columns import seen_by
 
 ITEM_CHUNK = 65_536  # items embedded at once
+MARGINS = (64, 1024)  # above the last one, powers of two
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,8 @@ class Cascade(nn.Module):
         """The first stage over the whole catalogue, without what each request excludes."""
         users_QD = self.retriever.embed_users(batch).float().numpy()
         assert index is not None, "a bundle whose first stage searches has an index"
-        most_excluded = max((len(rows) for rows in batch.exclude), default=0)
-        found = without_excluded(index.search(users_QD, self.keeps[0] + most_excluded), batch.exclude, self.keeps[0])
+        margin = search_margin(max((len(rows) for rows in batch.exclude), default=0))
+        found = without_excluded(index.search(users_QD, self.keeps[0] + margin), batch.exclude, self.keeps[0])
         logits_QK = self.retriever.to_logits(torch.from_numpy(found.scores_QK)).float().numpy()
         return StageOutcome(self.names[0], self.keeps[0], found.rows_QK, logits_QK, found.rows_QK != PADDING)
 
@@ -314,6 +315,15 @@ def excluded_mask(batch: Batch) -> Tensor:
     for q, rows in enumerate(batch.exclude):
         mask[q] = torch.from_numpy(np.isin(batch.candidates_QC[q].numpy(), rows))
     return mask
+
+
+def search_margin(num_excluded: int) -> int:
+    """How many items more than its keep the first stage searches for, so that enough are left. The few sizes there are
+    make requests of the same margin searches of the same width, alone and together: a graph looks further around for
+    more items, and finds others."""
+    if num_excluded <= 0:
+        return 0
+    return next((size for size in MARGINS if num_excluded <= size), 1 << (num_excluded - 1).bit_length())
 
 
 def without_excluded(found: Candidates, exclude: tuple[np.ndarray, ...], keep: int) -> Candidates:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from raycascade import cli_keys
 from raycascade.errors import ComparisonError, ConfigError, RaycascadeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -24,6 +25,9 @@ BundleUri = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value ...]", help="overrides such as train.epochs=2")
+]
+ServeOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="serving options such as stages.ranker.replicas=2")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object on the last line")]
 Address = Annotated[str | None, typer.Option("--address", help="a Ray cluster; default: a local Ray")]
@@ -273,19 +277,74 @@ def explain(
 
 @app.command()
 def serve(
-    bundle: BundleUri,
+    bundle: BundleUri, overrides: ServeOverrides = None,
+    options: Annotated[str | None, typer.Option("--options", help="a YAML file of serving options")] = None,
     mode: Annotated[
-        str, typer.Option("--mode", help="composed: a deployment per stage; fused: all in one replica")
-    ] = "composed",
-    host: str = "127.0.0.1", port: int = 8000, address: Address = None, debug: Debug = False,
+        str | None, typer.Option("--mode", help="composed: a deployment per stage; fused: all in one replica")
+    ] = None,
+    host: str | None = None, port: int | None = None, address: Address = None, debug: Debug = False,
 ) -> None:
     """Serve a bundle over HTTP until interrupted."""
     del debug
+    from raycascade.flows._fast import set_environment
+    from raycascade.serving.options import load_options
+
+    given = {"mode": mode, "host": host, "port": port}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    loaded = load_options(options, [*(overrides or ()), *named])
+    uri = _bundle(bundle)
+    set_environment(fast=loaded.fast and address is None)
     from raycascade.flows import serving
     from raycascade.flows._cluster import connect
 
     connect(address)
-    serving.serve_until_interrupted(_bundle(bundle), mode=mode, host=host, port=port)
+    serving.serve_until_interrupted(uri, loaded)
+
+
+@app.command()
+def deploy(
+    bundle: BundleUri,
+    app_name: Annotated[str, typer.Option("--app", help="the application that serves")] = "raycascade",
+    as_json: Json = False, address: Annotated[str, typer.Option("--address", help="the Ray cluster of it")] = "auto",
+    submit: Submit = None, debug: Debug = False,
+) -> None:
+    """Serve another bundle in the place of the one that is served: checked first, then in all replicas or in none."""
+    del debug
+    from raycascade.flows._fast import set_environment
+
+    uri = _bundle(bundle)
+    set_environment(fast=False)
+
+    def work() -> dict[str, Any]:
+        from raycascade.flows import deploy as flow
+
+        return flow.deploy(uri, app=app_name)
+
+    _verb(work, as_json=as_json, address=address, submit=submit)
+
+
+app.add_typer(cli_keys.app, name="keys")
+users = typer.Typer(no_args_is_help=True, help="Users of a served bundle.")
+app.add_typer(users, name="users")
+
+
+@users.command("load")
+def users_load(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a Parquet file or folder with a user_id column")],
+    to: Annotated[str, typer.Option("--to", help="URL of Redis, or env:NAME of a variable that holds it")],
+    bundle: Annotated[str, typer.Option("--bundle", help="a bundle whose features the users have, or a config")],
+    namespace: Annotated[str, typer.Option("--namespace", help="users.namespace of the options")] = "raycascade",
+    history_len: Annotated[int, typer.Option("--history-len", min=1, max=10_000, help="newest events kept")] = 200,
+    errors: Annotated[str, typer.Option("--errors", help="a line for each bad row")] = "users-load.errors.txt",
+    as_json: Json = False, debug: Debug = False,
+) -> None:
+    """Fill the user store in Redis with features and histories. An interrupted load goes on with the same command."""
+    del debug
+    from raycascade.flows import users as flow
+
+    uri = _bundle(bundle)
+    _finish(flow.load(source, to=to, bundle=uri, namespace=namespace, history_len=history_len, errors=errors),
+            as_json=as_json)
 
 
 @app.command()

@@ -267,14 +267,14 @@ class Config(Frozen):
 
 def load_config(path: str, overrides: "list[str] | tuple[str, ...]" = ()) -> Config:
     """The config in a YAML file with `key.path=value` overrides applied; ConfigError says what is wrong with it."""
-    tree = _read_tree(path)
+    tree = read_tree(path)
     if base := tree.pop("extends", None):
-        parent = _read_tree(_beside(path, base))
+        parent = read_tree(_beside(path, base))
         if "extends" in parent:
             raise ConfigError(f"{path}: extends {base}, which extends another file; one level is allowed")
         tree = _merge(parent, tree)
     for override in overrides:
-        tree = _override(tree, override)
+        tree = with_override(tree, override)
     return parse_config(tree, where=path)
 
 
@@ -310,7 +310,8 @@ def _problem(error: ValidationError) -> str:
     return plugins.first_problem(error, model)
 
 
-def _read_tree(path: str) -> dict[str, Any]:
+def read_tree(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError where there is none."""
     try:
         text = storage.read_bytes(path)
         tree = yaml.safe_load(text)
@@ -335,7 +336,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+def with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    """The tree with one `key.path=value` in it; ConfigError where that cannot be."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r}: expected key.path=value, such as train.epochs=2")

@@ -7,7 +7,11 @@
     |- BundleError       a bundle that is missing, damaged or of another version
     |- ExpectationError  a run that finished below the figures its config expects (exit status 1)
     |- ComparisonError   a comparison of which runs failed (exit status 1)
-    `- ResourceError     work that a cluster cannot hold: its processes die again and again (exit status 1)
+    |- ResourceError     work that a cluster cannot hold: its processes die again and again (exit status 1)
+    `- ServingError      a request that cannot be answered now
+       |- Overloaded        more requests than the queues hold: try again after `retry_after_s`
+       |- DeadlineExceeded  the request's time was over before anything could be answered
+       `- NotReady          what answers is not there yet, or gone
 
 A message says what was wrong, what was seen and what to do. Our own bugs raise anything else.
 """
@@ -51,3 +55,32 @@ class ResourceError(RaycascadeError):
     """Work that the cluster cannot hold: its processes die, most often for memory."""
 
     exit_status = 1
+
+
+class ServingError(RaycascadeError):
+    """A request that cannot be answered now, through no fault of its own; the same one may be answered later."""
+
+    exit_status = 1
+
+
+class Overloaded(ServingError):
+    """More requests than the bounded queues hold; `retry_after_s` says when to come again (whole seconds, 1 or more)."""
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _overloaded, (str(self), self.retry_after_s)
+
+
+def _overloaded(message: str, retry_after_s: int) -> Overloaded:
+    return Overloaded(message, retry_after_s=retry_after_s)
+
+
+class DeadlineExceeded(ServingError):
+    """The request's deadline passed before anything could be answered."""
+
+
+class NotReady(ServingError):
+    """A stage, or the bundle that a request needs, is not there."""

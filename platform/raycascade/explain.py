@@ -31,9 +31,15 @@ def explain_item(bundle: Bundle, *, user: str, item: str) -> dict[str, Any]:
     if bundle.users.rows(ids)[0] < 0:
         raise DataError(f"user {user!r} is not in the bundle; give a user of the training log")
     requests = bundle.encode(pa.table({"user_id": ids.cast(bundle.users.table["user_key"].type)}))
-    batch = bundle.batch(requests)
+    lost_at, stages = fates(bundle, requests, row)
+    return {"user": user, "item": item, "lost_at": lost_at, "stages": stages}
+
+
+def fates(bundle: Bundle, request: pa.Table, row: int) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """`lost_at`, and by stage what becomes of an item's row for one encoded request, as in `explain`."""
+    batch = bundle.batch(request)
     excluded = bool(batch.exclude) and row in batch.exclude[0]
-    stages: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]] = {}
     lost_at: str | None = "excluded" if excluded else None
     ranking, alone = bundle.cascade.recommend(batch, bundle.index, bundle.items), _scores_alone(bundle, batch, row)
     for position, outcome in enumerate(ranking.stages):
@@ -49,7 +55,7 @@ def explain_item(bundle: Bundle, *, user: str, item: str) -> dict[str, Any]:
         stages[outcome.name] = {"rank": rank, "score": score, "keep": outcome.keep,
                                 "cut": float(cut[-1]) if len(cut) else None, "survives": survives}
         lost_at = lost_at or (None if survives else outcome.name)
-    return {"user": user, "item": item, "lost_at": lost_at, "stages": stages}
+    return lost_at, stages
 
 
 def _item_row(bundle: Bundle, item: str) -> int:

@@ -35,6 +35,7 @@ from raycascade.shards import Shards
 from raycascade.training.gbdt import fit_stages
 from raycascade.training.loop import Place, Run
 from tests import three_stages as three
+from tests.served import patient
 from tests.three_stages import Answer
 from tests.tiny_shards import same, trained
 
@@ -149,8 +150,7 @@ def urls(bundles: dict[str, Bundle]) -> Iterator[dict[str, str]]:
     started: dict[str, str] = {}
     port = 0
     for model, _ in SERVED:
-        started[model] = serving.start(bundles[model].uri, mode="composed", host="127.0.0.1", port=port, name=model,
-                                       route_prefix=f"/{model}")
+        started[model] = serving.start(bundles[model].uri, patient(port=port), name=model, route_prefix=f"/{model}")
         port = urlsplit(started[model]).port or 0
     yield started
     serve.shutdown()

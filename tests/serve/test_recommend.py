@@ -13,6 +13,7 @@ import pytest
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.errors import BundleError, ConfigError
 from raycascade.flows import score, serving
+from tests.served import checked_bundle, patient
 from tests.tiny_world import KEEPS, item_id
 
 pytestmark = pytest.mark.ray
@@ -20,18 +21,23 @@ USERS = [100, 103, 110, 124, 31]  # the last one is not in the log
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: str) -> Bundle:
-    return load_bundle(tiny_bundle)
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return checked_bundle(str(tmp_path_factory.mktemp("bundles") / "tiny"))
 
 
 @pytest.fixture(scope="module")
-def urls(ray_cluster: None, tiny_bundle: str) -> Iterator[dict[str, str]]:
+def bundle(uri: str) -> Bundle:
+    return load_bundle(uri)
+
+
+@pytest.fixture(scope="module")
+def urls(ray_cluster: None, uri: str) -> Iterator[dict[str, str]]:
     """Both modes side by side in one Serve."""
     started: dict[str, str] = {}
     port = 0
     for mode in ("composed", "fused"):
-        started[mode] = serving.start(
-            tiny_bundle, mode=mode, host="127.0.0.1", port=port, name=mode, route_prefix=f"/{mode}")
+        options = patient(mode=mode, port=port)
+        started[mode] = serving.start(uri, options, name=mode, route_prefix=f"/{mode}")
         port = urllib.parse.urlsplit(started[mode]).port or 0
     yield started
     for mode in started:
@@ -101,16 +107,16 @@ def test_the_model_and_the_probes_answer(url: str):
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"host": "0.0.0.0"}, ConfigError, "--host 0.0.0.0: only 127.0.0.1"),
-    ({"mode": "both"}, ConfigError, "--mode both: expected one of composed, fused"),
+    ({"host": "0.0.0.0"}, ConfigError, "--host 0.0.0.0: without API keys only loopback"),
+    ({"stages": {"rankr": {"replicas": 2}}}, ConfigError, "stages.rankr: .*did you mean 'ranker'"),
     ({"uri": "/nowhere/bundle"}, BundleError, "no finished bundle"),
 ])
 def test_what_cannot_be_served_is_refused_before_anything_starts(
-    ray_cluster: None, tiny_bundle: str, options: dict[str, Any], error: type[Exception], message: str
+    ray_cluster: None, uri: str, options: dict[str, Any], error: type[Exception], message: str
 ):
-    given = {"uri": tiny_bundle, "mode": "fused", "host": "127.0.0.1", "port": 0, **options}
+    given = {"uri": uri, **options}
     with pytest.raises(error, match=message):
-        serving.start(given.pop("uri"), name="refused", route_prefix="/refused", **given)
+        serving.start(given.pop("uri"), patient(**given), name="refused", route_prefix="/refused")
 
 
 def test_a_port_that_is_taken_is_named():

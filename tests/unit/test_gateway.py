@@ -12,7 +12,8 @@ from raycascade.bundle import Bundle, load_bundle
 from raycascade.serving.api import build_api
 from raycascade.serving.gateway import Gateway
 from raycascade.serving.requests import Query
-from raycascade.serving.stages import LocalStage, StageServer, Survivors, pack, unpack
+from raycascade.serving.stages import LocalStage, OneRequest, StageServer, Survivors, pack, unpack
+from tests.served import patient
 from tests.tiny_world import KEEPS, item_id
 
 
@@ -22,7 +23,7 @@ class Silent(LocalStage):
 
 
 class Broken(LocalStage):
-    async def run(self, requests: bytes, before: Survivors | None) -> Survivors:
+    async def run(self, request: OneRequest, before: Survivors | None, *, deadline: float) -> Survivors:
         raise RuntimeError("secret")
 
 
@@ -33,7 +34,7 @@ def bundle(tiny_bundle: str) -> Bundle:
 
 def gateway_of(bundle: Bundle, **others: type[LocalStage]) -> Gateway:
     stages = {name: others.get(name, LocalStage)(StageServer(bundle, name)) for name in bundle.cascade.names}
-    return Gateway(bundle, stages)
+    return Gateway(bundle, stages, patient())
 
 
 def ask(gateway: Gateway, method: str, path: str, **options: Any) -> httpx.Response:
@@ -70,7 +71,8 @@ def test_stage_by_stage_the_answer_is_that_of_the_whole_cascade(bundle: Bundle, 
 
 def test_the_answer_says_what_it_is(bundle: Bundle):
     reply = recommend(bundle).json()
-    assert set(reply) == {"request_id", "user_id", "items", "model", "known_user", "degraded"}
+    assert set(reply) == {"request_id", "user_id", "items", "model", "version", "known_user",
+                          "user_source", "degraded"}
     assert (reply["user_id"], reply["model"], reply["known_user"], reply["degraded"]) == (100, "tiny", True, False)
 
 
@@ -131,7 +133,7 @@ def test_a_bad_body_is_a_problem_that_says_where(bundle: Bundle, body: dict, det
     reply = recommend(bundle, **body)
     assert reply.status_code == 422
     assert reply.headers["content-type"] == "application/problem+json"
-    assert set(reply.json()) == {"type", "title", "status", "detail"}
+    assert set(reply.json()) >= {"type", "title", "status", "detail"}
     assert reply.json()["status"] == 422
     assert re.search(detail, reply.json()["detail"]), reply.json()["detail"]
 
@@ -148,10 +150,24 @@ def test_a_wrong_path_or_method_is_a_problem(bundle: Bundle):
         assert (reply.status_code, reply.headers["content-type"]) == (status, "application/problem+json")
 
 
-def test_a_failure_inside_is_a_500_that_gives_nothing_away(bundle: Bundle):
-    reply = ask(gateway_of(bundle, ranker=Broken), "POST", "/v1/recommend", json={"user_id": 100})
+def test_a_failure_outside_of_the_stages_is_a_500_that_gives_nothing_away(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("secret")
+
+    gateway = gateway_of(bundle)
+    monkeypatch.setattr(gateway.active, "scored", broken)
+    reply = ask(gateway, "POST", "/v1/recommend", json={"user_id": 100})
     assert (reply.status_code, reply.headers["content-type"]) == (500, "application/problem+json")
     assert "secret" not in reply.text
+
+
+def test_a_stage_that_fails_is_left_out_and_the_order_of_the_one_before_it_stands(bundle: Bundle):
+    reply = ask(gateway_of(bundle, ranker=Broken), "POST", "/v1/recommend", json={"user_id": 100}).json()
+    before = recommend(bundle, trace=True).json()["trace"][-2]
+    assert [item["item_id"] for item in reply["items"]] == [item["item_id"] for item in before["items"][:KEEPS["ranker"]]]
+    assert (reply["degraded"], reply["degraded_at"], reply["reason"]) == (True, "ranker", "unavailable")
 
 
 def test_readiness_names_the_stage_that_does_not_answer(bundle: Bundle):
@@ -182,5 +198,5 @@ def test_many_queries_at_once_get_their_own_answers(bundle: Bundle):
 def test_what_travels_between_stages_comes_back_as_it_was(bundle: Bundle):
     table = bundle.encode(pa.table({"user_id": [100, 101]}))
     assert unpack(pack(table)).equals(table)
-    survivors = StageServer(bundle, "retriever").run(pack(table), None)
+    survivors = StageServer(bundle, "retriever").run(bundle.batch(table), None)
     assert (str(survivors.rows_QK.dtype), survivors.rows_QK.shape) == ("int32", (2, KEEPS["retriever"]))

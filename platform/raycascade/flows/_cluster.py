@@ -25,7 +25,7 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     if address:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         return
     cores = os.cpu_count() or 1
     # Actors hold logical CPUs while reads need one too: without spare ones a job on a small machine waits for itself.

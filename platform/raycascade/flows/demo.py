@@ -18,6 +18,7 @@ from raycascade.flows.evaluate import evaluate
 from raycascade.flows.prepare import prepare
 from raycascade.flows.score import score
 from raycascade.flows.train import train
+from raycascade.serving.options import ServeOptions
 
 NUM_REQUESTS = 200
 TOLERANCE = 1e-5
@@ -67,7 +68,7 @@ def _serve_once(uri: str, scored: str) -> dict[str, Any]:
 
     bundle = load_bundle(uri)
     rows = pq.read_table(scored).to_pylist()[::10]
-    url = serving.start(uri, mode="composed", host="127.0.0.1", port=0)
+    url = serving.start(uri, ServeOptions(port=0, deadline_ms=30_000))
     answer: dict[str, Any] = {}
     try:
         for row in rows:

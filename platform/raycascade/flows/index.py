@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from raycascade import __version__, storage
+from raycascade import __version__, selfcheck, storage
 from raycascade.bundle import build_index, load_bundle, write_item_caches, write_manifest
 
 MARK = "-index-"
@@ -26,11 +26,12 @@ def index(uri: str) -> dict[str, Any]:
     target = storage.join(parent, f"{name.partition(MARK)[0]}{MARK}{hashlib.sha256(content).hexdigest()[:8]}")
     if not storage.exists(storage.join(target, "manifest.json")):
         storage.remove_folder(target)  # of a run that did not finish
-        built = ("index/", *(f"stages/{stage}/items/" for stage in bundle.cascade.names))
+        built = ("index/", f"{selfcheck.FOLDER}/", *(f"stages/{stage}/items/" for stage in bundle.cascade.names))
         for file in files:
             if not file.startswith(built):
                 storage.copy_file(storage.join(bundle.uri, file), storage.join(target, file))
         build_index(bundle.config, bundle.cascade, bundle.items).save(storage.join(target, "index"))
         write_item_caches(target, bundle.cascade, bundle.items)
         write_manifest(target, fingerprint=bundle.manifest["fingerprint"])
+        selfcheck.record(target)
     return {"bundle": target, "items": bundle.items.num_items, "seconds": round(time.monotonic() - started, 2)}

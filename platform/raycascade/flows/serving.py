@@ -1,98 +1,255 @@
 """serve: a bundle behind HTTP, with Ray Serve. The stages and the gateway are plain classes (raycascade/serving).
 
-composed: every stage is a deployment of its own. fused: the same classes in one replica, without hops.
+composed: every stage is a deployment of its own. fused: the same classes in one replica, without hops. Whoever imports
+this module has Ray's settings behind it: `_fast.set_environment` comes before.
 """
 
+import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import yaml
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raycascade import plugins, storage
-from raycascade.bundle import load_bundle, verify
+from raycascade.bundle import Bundle, stated_version, verify
 from raycascade.config import parse_config
-from raycascade.errors import ConfigError
+from raycascade.errors import ConfigError, DeadlineExceeded, NotReady, Overloaded, RaycascadeError, ServingError
+from raycascade.flows._metrics import RayMetrics
 from raycascade.serving.api import build_api
-from raycascade.serving.gateway import Gateway
-from raycascade.serving.stages import LocalStage, RemoteStage, StageServer
+from raycascade.serving.keys import require_safe_binding
+from raycascade.serving.logs import log_json
+from raycascade.serving.options import ServeOptions, StageOptions
+from raycascade.serving.replicas import GatewayReplica, StageReplica
+from raycascade.serving.stages import LocalStage, Lost, RemoteStage, Stage, StageServer, Survivors
+from raycascade.serving.telemetry import Telemetry
+from raycascade.serving.versions import read_release, release_uri, write_release
 
-Mode = Literal["composed", "fused"]
-LOOPBACK = ("127.0.0.1", "localhost")
-APP = "raycascade"
-# Replicas reserve little of a logical CPU, so that a cascade of any depth fits on a small machine.
-REPLICA: dict[str, Any] = {"num_cpus": 0.1}
+logger = logging.getLogger(__name__)
+APP, GATEWAY = "raycascade", "Gateway"
+APPLICATION = "application"  # where a release says that a config asked for a bundle
+SPARE_CALLS = 64  # of a gateway replica, beyond what it takes: probes, and requests that it refuses itself
+BIG_MESSAGE = 3 << 20  # bytes; above 4 MB a call goes through the object store
+READY_S = 5.0
+
+
+# ---------------------------------------------------------------- in the replicas
+class StageDeployment(StageReplica):
+    """A stage in its replica."""
+
+    def __init__(self, uri: str, name: str, options: ServeOptions, release: str) -> None:
+        log_json()
+        super().__init__(uri, name, options, release)
+
+    def ready(self) -> bool:
+        """True once the bundle is loaded, which the constructor waits for."""
+        return True
+
+    def process(self) -> int:
+        """The process id, for whoever looks for the replica on its machine."""
+        return os.getpid()
+
+    async def check_health(self) -> None:
+        """Ray Serve asks every few seconds: the moment to look whether another bundle is released."""
+        self.look()
 
 
 class GatewayIngress:
-    """The HTTP ingress in its replica: a gateway over far stages, or over near ones where there are none."""
+    """The HTTP ingress in its replica: a gateway over far stages, or over near ones where there are no handles."""
 
-    def __init__(self, uri: str, names: tuple[str, ...], *handles: Any) -> None:
-        bundle = load_bundle(uri, served=() if handles else None)
-        far = [RemoteStage(handle) for handle in handles]
-        stages = far or [LocalStage(StageServer(bundle, name)) for name in names]
-        self._gateway = Gateway(bundle, dict(zip(names, stages, strict=True)))
+    def __init__(
+        self, uri: str, names: tuple[str, ...], options: ServeOptions, release: str, *handles: Any
+    ) -> None:
+        log_json()
+        self._options, self._handles = options, dict(zip(names, handles, strict=False))
+        self._telemetry = Telemetry(RayMetrics(), stages=names)
+        self._replica = GatewayReplica(uri, names, _stages_of(self._handles, options), options, release,
+                                       telemetry=self._telemetry)
+        self._deploying: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway)
+        return build_api(self._replica.gateway, self._options, names_answers=False)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """`user_config: {bundle: URI}` in Serve's config begins to deploy the bundle, unless this very config did so
+        before. One that is refused is logged and changes nothing: an error here would make Ray Serve replace the
+        replica."""
+        if set(user_config) != {"bundle"}:
+            logger.error("user_config: expected {bundle: URI}, got the keys %s; nothing changes", sorted(user_config))
+            return
+        if self._deploying is not None:
+            self._deploying.cancel()
+        self._deploying = asyncio.get_running_loop().create_task(self._deploy(str(user_config["bundle"])))
+
+    async def _deploy(self, uri: str) -> None:
+        from raycascade.flows.deploy import deploy_configured
+
+        try:
+            await deploy_configured(uri, self._replica, self._handles, release=self._replica.release)
+        except RaycascadeError as error:
+            logger.error("the bundle of user_config is not served: %s", error)
+            await self._replica.refuse(uri)
+
+    async def check_health(self) -> None:
+        """Ray Serve asks every few seconds: the moment to look whether another bundle is released."""
+        self._replica.look()
+
+    async def prepare(self, uri: str) -> str:
+        """See `GatewayReplica`; so the others."""
+        return await self._replica.prepare(uri)
+
+    async def refuse(self, uri: str) -> None:
+        """Lets go of a bundle that was prepared in vain."""
+        await self._replica.refuse(uri)
+
+    async def release_to(self, uri: str, version: str) -> None:
+        """Writes the release."""
+        await self._replica.release_to(uri, version)
+
+    async def activate(self, version: str) -> None:
+        """Answers new requests with another version."""
+        await self._replica.activate(version)
+
+    async def retire(self, version: str, timeout_s: float) -> bool:
+        """Lets go of a version once its requests have ended."""
+        return await self._replica.retire(version, timeout_s)
+
+    async def about(self) -> dict[str, Any]:
+        """What is served."""
+        return self._replica.gateway.about()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_replica"):
+            self._replica.close()
+            self._telemetry.close()
 
 
-def application(uri: str, *, mode: str) -> serve.Application:
-    """The Serve application of a bundle; BundleError or ConfigError before anything starts."""
-    checked = _mode(mode)
+def _stages_of(handles: Mapping[str, Any], options: ServeOptions) -> Callable[[Bundle], Mapping[str, Stage]]:
+    if handles:
+        far = {name: remote_stage(name, handle, options.stage(name)) for name, handle in handles.items()}
+        return lambda _: far
+    return lambda bundle: {name: LocalStage(StageServer(bundle, name), options.stage(name))
+                           for name in bundle.cascade.names}
+
+
+def remote_stage(name: str, handle: Any, options: StageOptions) -> RemoteStage:
+    """A stage behind a deployment handle; what Ray raises becomes what the gateway understands."""
+    by_reference = handle.options(_by_reference=True)
+
+    async def call(message: bytes, before: Survivors | None, left_s: float) -> Survivors:
+        size = len(message) + (0 if before is None else before.rows_QK.nbytes + before.scores_QK.nbytes)
+        response = (by_reference if size > BIG_MESSAGE else handle).run.remote(message, before, left_s)
+        try:
+            async with asyncio.timeout(left_s):
+                return Survivors(*await response)
+        except TimeoutError:
+            response.cancel()  # without it the stage would go on
+            raise DeadlineExceeded(f"{name}: no answer in time") from None
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise Overloaded(f"{name}: its replicas have as many calls as they take") from None
+        except DeploymentUnavailableError:
+            raise NotReady(f"{name}: the deployment has failed; see `serve status`") from None
+        except RayActorError:
+            raise Lost(f"{name}: the replica is gone") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, Lost | ServingError):
+                raise error.cause from None
+            raise
+
+    async def alive() -> bool:
+        async with asyncio.timeout(READY_S):
+            return await handle.ready.remote()
+
+    return RemoteStage(name, call, alive, options)
+
+
+# ---------------------------------------------------------------- the application
+def application(uri: str, options: ServeOptions, *, app: str = APP) -> serve.Application:
+    """The Serve application of a bundle, or of a later one where the release of this config says so. BundleError or
+    ConfigError before anything starts."""
     uri = storage.absolute(uri)
     verify(uri)
     names = _stage_names(uri)
+    options.require_stages(names)
+    release = release_uri(options.release, bundle=uri, app=app)
+    found = read_release(release)
+    if found is None or found.configured.get(APPLICATION) != uri:
+        write_release(release, bundle=uri, version=stated_version(uri), source=APPLICATION)
+    door = options.gateway
     gateway = serve.deployment(serve.ingress()(GatewayIngress)).options(
-        name="Gateway", max_ongoing_requests=100, ray_actor_options=REPLICA)
-    if checked == "fused":
-        return gateway.bind(uri, names)
-    stage = serve.deployment(StageServer).options(max_ongoing_requests=16, ray_actor_options=REPLICA)
-    handles = [stage.options(name=name).bind(uri, name) for name in names]
-    return gateway.bind(uri, names, *handles)
+        name=GATEWAY, num_replicas=door.replicas, max_surge_percent=100, graceful_shutdown_timeout_s=door.drain_s,
+        max_ongoing_requests=door.max_ongoing + door.max_queued + SPARE_CALLS, health_check_period_s=options.poll_s,
+        ray_actor_options={"num_cpus": door.cpus, "num_gpus": door.gpus})
+    if options.mode == "fused":
+        return gateway.bind(uri, names, options, release)
+    handles = [_stage_deployment(name, options).bind(uri, name, options, release) for name in names]
+    return gateway.bind(uri, names, options, release, *handles)
 
 
-def start(uri: str, *, mode: str, host: str, port: int, name: str = APP, route_prefix: str = "/") -> str:
+def _stage_deployment(name: str, options: ServeOptions) -> serve.Deployment:
+    own = options.stage(name)
+    scaling: dict[str, Any] = {"num_replicas": own.replicas}
+    if own.autoscale:
+        scaling = {"autoscaling_config": {
+            "min_replicas": own.autoscale.min, "max_replicas": own.autoscale.max,
+            "target_ongoing_requests": own.autoscale.target_ongoing}}
+    return serve.deployment(StageDeployment).options(
+        name=name, max_ongoing_requests=own.max_ongoing, max_queued_requests=own.max_queued, max_surge_percent=100,
+        health_check_period_s=options.poll_s, graceful_shutdown_timeout_s=options.gateway.drain_s,
+        ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus}, **scaling)
+
+
+def start(uri: str, options: ServeOptions, *, name: str = APP, route_prefix: str = "/") -> str:
     """Deploys a bundle, waits until it answers, and returns its URL. Port 0 is a free one.
 
     A second application beside a running one needs its own name and route prefix, and the port of the first.
     """
-    if host not in LOOPBACK:
-        raise ConfigError(f"--host {host}: only {' and '.join(LOOPBACK)} are allowed, because requests carry no key; "
-                          "put a gateway with authentication in front")
-    app = application(uri, mode=mode)
-    running = bool(serve.status().applications)
-    if not running:
-        port = free_port(host, port)
+    require_safe_binding(options.host, options)
+    port = options.port
+    app = application(uri, options, app=name)
+    if not serve.status().applications:
+        port = free_port(options.host, port)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.start(proxy_location="HeadOnly", http_options={"host": options.host, "port": port})
     assert port, "the port of the Serve that is running already"
     try:
         serve.run(app, name=name, route_prefix=route_prefix)
     except BaseException:
         stop(name)
         raise
-    return f"http://{host}:{port}{route_prefix}".rstrip("/")
+    return f"http://{options.host}:{port}{route_prefix}".rstrip("/")
 
 
 def stop(name: str = APP) -> None:
-    """Removes an application, and Serve itself with the last one."""
+    """Removes an application once its requests have ended, and Serve itself with the last one."""
     serve.delete(name)
     if not serve.status().applications:
         serve.shutdown()
 
 
-def serve_until_interrupted(uri: str, *, mode: str, host: str, port: int) -> None:
-    """Serves until Ctrl-C or SIGTERM; says on standard error where."""
+def serve_until_interrupted(uri: str, options: ServeOptions) -> None:
+    """Serves until Ctrl-C or SIGTERM, then drains; says on standard error where."""
+    import ray
+
     ended = threading.Event()
     previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        url = start(uri, mode=mode, host=host, port=port)
-        sys.stderr.write(f"serving {uri} ({mode}) at {url}/v1/recommend; Ctrl-C ends it\n")
+        url = start(uri, options)
+        address = ray.get_runtime_context().gcs_address
+        sys.stderr.write(f"serving {uri} ({options.mode}) at {url}/v1/recommend; Ctrl-C ends it; another bundle: "
+                         f"raycascade deploy BUNDLE --address {address}\n")
         ended.wait()
     finally:
         for number, handler in previous.items():
@@ -100,15 +257,7 @@ def serve_until_interrupted(uri: str, *, mode: str, host: str, port: int) -> Non
     stop()
 
 
-def _mode(mode: str) -> Mode:
-    if mode not in get_args(Mode):
-        raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
-    return cast(Mode, mode)
-
-
 def _stage_names(uri: str) -> tuple[str, ...]:
-    import yaml
-
     path = storage.join(uri, "config.yaml")
     stages = parse_config(yaml.safe_load(storage.read_bytes(path)), where=path).stages
     if not hasattr(plugins.find("models", stages[0].model["name"]), "embed_items"):

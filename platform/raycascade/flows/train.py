@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from raycascade import guard, storage
+from raycascade import guard, selfcheck, storage
 from raycascade.bundle import Bundle, build_index, remember_latest, save_bundle
 from raycascade.cascade import Cascade
 from raycascade.config import Config
@@ -51,6 +51,7 @@ def train(config: Config) -> dict[str, Any]:
     metrics = {"train": _summary(progress), "curves": progress.curves, **guarded}
     save_bundle(target, config=config, cascade=cascade, items=shards.items, encoded_items=shards.table("items"),
                 users=shards.table("users"), metrics=metrics, semantic_ids=shards.semantic_ids, index=index)
+    selfcheck.record(target)
     remember_latest(config.paths.bundles, target)
     storage.remove_folder(storage.join(_runs_folder(config), name))
     return {"bundle": target, **_summary(progress), "seconds": round(time.monotonic() - started, 2)}

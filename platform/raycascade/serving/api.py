@@ -1,111 +1,149 @@
-"""The HTTP interface of a gateway. Errors are problem documents (RFC 9457) that say what was wrong and where."""
+"""The HTTP interface of a gateway: typed endpoints under /v1 behind keys, rates and limits. Errors are problems."""
 
-import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, FastAPI, Path, Request, Response
+from pydantic import BaseModel
 
 from raycascade import __version__
-from raycascade.errors import RaycascadeError
-from raycascade.serving.gateway import Answer, Gateway
-from raycascade.serving.requests import Event, Query
+from raycascade.errors import DataError
+from raycascade.serving import interface
+from raycascade.serving.admission import Admission, Reception
+from raycascade.serving.answers import Answer, Explanation, ItemView
+from raycascade.serving.arrival import arrival_of
+from raycascade.serving.bodies import (
+    Answers,
+    BodyLimit,
+    ItemQuery,
+    ModelView,
+    NewEvents,
+    Queries,
+    Ready,
+    StrictRoute,
+    require_batch_within,
+    require_within,
+)
+from raycascade.serving.context import RequestContext
+from raycascade.serving.gateway import Gateway
+from raycascade.serving.keys import KeyRing
+from raycascade.serving.options import ServeOptions
+from raycascade.serving.page import mount_page
+from raycascade.serving.problems import explain_errors, problem, try_later
+from raycascade.serving.rates import Rates
+from raycascade.serving.requests import Query
+from raycascade.serving.users import Recorded
 
-logger = logging.getLogger(__name__)
-MORE = {404: "the interface is described at /openapi.json", 405: "the interface is described at /openapi.json"}
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/recommend": Query, "/v1/recommend:batch": Queries, "/v1/events": NewEvents, "/v1/explain": ItemQuery}
+ASKED = (401, 413, 415, 422, 429, 503, 504)  # the problems of an endpoint that asks the cascade
+LOOKED_UP = (401, 429)
 
 
-def build_api(gateway: Gateway) -> FastAPI:
-    """The application: POST /v1/recommend, GET /v1/model, /healthz and /readyz."""
-    api = FastAPI(title="raycascade", version=__version__)
+def build_api(gateway: Gateway, options: ServeOptions | None = None, *, names_answers: bool = True) -> FastAPI:
+    """The application over a gateway; ConfigError where the file of keys cannot be used.
 
-    @api.post("/v1/recommend", response_model_exclude_none=True)
-    async def recommend(query: Query) -> Answer:
+    `names_answers`: whether it adds the header x-request-id to answers; False behind a server that does."""
+    options = options or ServeOptions()
+    keys = KeyRing(options.keys.file) if options.keys.file else None
+    rates = Rates()
+    api = FastAPI(title="raycascade", version=__version__, summary=interface.SUMMARY, docs_url=None, redoc_url=None,
+                  redirect_slashes=False)
+    for router in (_cascade(gateway, options, rates), _catalogue(gateway), _probes(gateway)):
+        api.include_router(router)
+    explain_errors(api, BODIES)
+    interface.describe(api, keyed=keys is not None)
+    # The last one that is added is the first that a request meets.
+    api.add_middleware(BodyLimit, most_bytes=options.limits.body_bytes)
+    api.add_middleware(Admission, keys=keys, rates=rates, per_second=options.limits.per_second)
+    api.add_middleware(Reception, telemetry=gateway.telemetry, names_answers=names_answers)
+    mount_page(api, peers=options.page.peers)
+    return api
+
+
+def _cascade(gateway: Gateway, options: ServeOptions, rates: Rates) -> APIRouter:
+    """What asks the stages, or tells them something."""
+    router = APIRouter(route_class=StrictRoute)
+    limits = options.limits
+
+    def context_of(request: Request, deadlines_ms: Sequence[int | None] = ()) -> RequestContext:
+        """The shortest deadline of what came together holds for all of it."""
+        asked = [deadline_ms for deadline_ms in deadlines_ms if deadline_ms is not None]
+        return arrival_of(request.scope).context(deadline_ms=min(asked, default=options.deadline_ms))
+
+    @router.post("/v1/recommend", response_model=Answer, **interface.documented("recommend", *ASKED))
+    async def recommend(query: Query, request: Request) -> Response:
         """The best items of the catalogue for a user."""
-        return await gateway.recommend(query)
+        require_within(query, limits)
+        return _json(await gateway.recommend(query, context_of(request, [query.deadline_ms])))
 
-    @api.get("/v1/model")
+    @router.post("/v1/recommend:batch", response_model=Answers, **interface.documented("recommend_batch", *ASKED))
+    async def recommend_batch(body: Queries, request: Request) -> Response:
+        """The answers to several queries, in their order. One that does not fit is a problem that says which, and
+        nothing is answered. To the rate of a key, each query counts."""
+        rates.owe(arrival_of(request.scope).key_name, len(body.queries) - 1)
+        require_batch_within(body.queries, limits)
+        context = context_of(request, [query.deadline_ms for query in body.queries])
+        return _json(Answers(answers=await gateway.recommend_many(body.queries, context)))
+
+    @router.post("/v1/events", response_model=Recorded, **interface.documented("record", *ASKED))
+    async def record(body: NewEvents, request: Request) -> Response:
+        """Adds events to the histories of users. An event whose id was seen before changes nothing, so the same call
+        may be made again when its answer was lost."""
+        return _json(await gateway.record(body.events, context_of(request)))
+
+    @router.post("/v1/explain", response_model=Explanation, **interface.documented("explain", *ASKED))
+    async def explain(body: ItemQuery, request: Request) -> Response:
+        """Where an item is lost for a query: its rank and score at every stage, and the score that it had to reach."""
+        require_within(body, limits)
+        query = Query.model_construct(**{name: getattr(body, name) for name in Query.model_fields})
+        return _json(await gateway.explain(query, body.item_id, context_of(request, [body.deadline_ms])))
+
+    return router
+
+
+def _catalogue(gateway: Gateway) -> APIRouter:
+    """What is known without asking a stage."""
+    router = APIRouter()
+
+    @router.get("/v1/items/{item_id:path}", response_model=ItemView,
+                **interface.documented("item", 404, 422, *LOOKED_UP))
+    async def item(item_id: Annotated[str, Path(min_length=1, max_length=512)], request: Request) -> Response:
+        """An item of the catalogue."""
+        try:
+            return _json(gateway.item(item_id))
+        except DataError as error:
+            return problem(request.scope, 404, str(error))
+
+    @router.get("/v1/model", response_model=ModelView, **interface.documented("model", *LOOKED_UP))
     async def model() -> dict[str, Any]:
         """What is served."""
         return gateway.about()
 
-    @api.get("/healthz")
+    return router
+
+
+def _probes(gateway: Gateway) -> APIRouter:
+    """What a supervisor asks; no key is needed."""
+    router = APIRouter()
+
+    @router.get("/healthz", **interface.documented("healthz", open_to_all=True))
     async def healthz() -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
 
-    @api.get("/readyz")
-    async def readyz() -> JSONResponse:
+    @router.get("/readyz", response_model=Ready, **interface.documented("readyz", 503, open_to_all=True))
+    async def readyz(request: Request) -> Response:
         """Every stage answers; 503 with the stages that do not."""
         stages = await gateway.ready()
         if all(stages.values()):
-            return JSONResponse({"status": "ready", "stages": stages})
+            return _json(Ready(status="ready", stages=stages))
         missing = ", ".join(name for name, ready in stages.items() if not ready)
-        return problem(503, "not-ready", "Not ready", f"no answer from: {missing}; try again in a few seconds")
+        return try_later(request.scope, 503, f"no answer from: {missing}; try again in a few seconds", retry_after_s=2)
 
-    _explain_errors(api)
-    return api
-
-
-def problem(status: int, kind: str, title: str, detail: str) -> JSONResponse:
-    """A problem document."""
-    body = {"type": f"urn:raycascade:problem:{kind}", "title": title, "status": status, "detail": detail}
-    return JSONResponse(body, status_code=status, media_type="application/problem+json")
+    return router
 
 
-def _explain_errors(api: FastAPI) -> None:
-    @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        del request
-        return problem(422, "invalid-request", "The request is not valid", describe(error))
-
-    @api.exception_handler(RaycascadeError)
-    async def refused(request: Request, error: RaycascadeError) -> JSONResponse:
-        del request
-        return problem(422, "invalid-request", "The request is not valid", str(error))
-
-    @api.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        more = MORE.get(error.status_code)
-        detail = f"{request.method} {request.url.path}: {error.detail}" + (f"; {more}" if more else "")
-        return problem(error.status_code, "http", str(error.detail), detail)
-
-    @api.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(500, "internal", "Internal error", "the request could not be answered; the server log says why")
-
-
-def describe(error: RequestValidationError) -> str:
-    """The first problem of a body: where, what, what was seen."""
-    problems = [(*_place(error.body, problem["loc"][1:]), problem) for problem in error.errors()]
-    where, seen, first = problems[0]
-    others = len({place for place, _, _ in problems} - {where})
-    if first["type"] == "json_invalid":
-        text = f"body: not valid JSON ({first['ctx']['error']}); send a JSON object"
-    elif first["type"] == "missing":
-        text = f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: missing; add it"
-    elif first["type"] == "extra_forbidden":
-        known = Event.model_fields if where.startswith("history.") else Query.model_fields
-        text = f"{where}: unknown field; known: {', '.join(known)}"
-    else:
-        # A value that may be of several types has one problem for each of them.
-        wanted = dict.fromkeys(problem["msg"].removeprefix("Input should be ") for place, _, problem in problems
-                               if place == where)
-        shown = repr(seen)
-        text = f"{where}: expected {' or '.join(wanted)}, got {shown if len(shown) <= 80 else shown[:80] + '...'}"
-    return text + (f" (and {others} more)" if others else "")
-
-
-def _place(body: Any, path: tuple[Any, ...]) -> tuple[str, Any]:
-    """Where in the body a problem lies, and the value there; names of types in the path are left out."""
-    kept: list[str] = []
-    for part in path:
-        inside = (isinstance(body, dict) and part in body) or (
-            isinstance(body, list) and isinstance(part, int) and part < len(body))
-        if inside:
-            kept.append(str(part))
-            body = body[part]
-    return ".".join(kept) or "body", body
+def _json(answer: BaseModel) -> Response:
+    """Written as it is: the gateway's models need not be validated again."""
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

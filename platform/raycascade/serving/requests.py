@@ -38,8 +38,11 @@ from raycascade.schema import (
 
 Whole = Annotated[StrictInt, Option(ge=-(1 << 63), lt=1 << 63)]
 Id = Whole | Annotated[StrictStr, Option(min_length=1, max_length=512)]
-Value = StrictBool | StrictInt | StrictFloat | StrictStr | list[StrictInt | StrictFloat | StrictStr] | None
+Finite = Annotated[StrictFloat, Option(allow_inf_nan=False)]
+Value = StrictBool | Whole | Finite | StrictStr | list[Whole | Finite | StrictStr] | None
+Name = Annotated[StrictStr, Option(min_length=1, max_length=256)]
 MOST_ITEMS = 10_000  # of a history or an exclusion list
+MOST_DIGITS = 20  # of a number of 64 bits, its sign included
 
 
 class Event(BaseModel):
@@ -48,7 +51,7 @@ class Event(BaseModel):
     model_config = ConfigDict(extra="forbid")
     item_id: Id
     time_ms: Annotated[StrictInt, Option(ge=0, lt=1 << 53)] | None = None
-    features: dict[str, Value] = {}
+    features: dict[Name, Value] = Option(default_factory=dict)
 
 
 def _as_event(value: Any) -> Any:
@@ -65,11 +68,12 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid")
     user_id: Id
     k: Annotated[StrictInt, Option(ge=1)] | None = None  # None: as many as the last stage keeps
-    exclude: Annotated[list[Id], Option(max_length=MOST_ITEMS)] = []  # item ids
-    context: dict[str, Value] = {}
-    features: dict[str, Value] = {}  # of the user
+    exclude: list[Id] = Option(default_factory=list, max_length=MOST_ITEMS)  # item ids
+    context: dict[Name, Value] = Option(default_factory=dict)
+    features: dict[Name, Value] = Option(default_factory=dict)  # of the user
     history: Annotated[list[Past], Option(max_length=MOST_ITEMS)] | None = None  # oldest first; bare ids will do
     time_ms: Annotated[StrictInt, Option(ge=0, lt=1 << 53)] | None = None
+    deadline_ms: Annotated[StrictInt, Option(ge=1, le=60_000)] | None = None  # None: what the server's options say
     trace: StrictBool = False
 
 
@@ -111,9 +115,9 @@ def ids_as(values: "list[Any]", kind: pa.DataType) -> list[Any]:
 
 def _whole(value: Any) -> int | None:
     if isinstance(value, int):
-        return value
-    if isinstance(value, str) and value.removeprefix("-").isdecimal() and value.isascii():
-        return int(value[:20])
+        return int(value)  # a bool is a number to Python, and none to Arrow
+    if isinstance(value, str) and value.removeprefix("-").isdecimal() and value.isascii() and len(value) <= MOST_DIGITS:
+        return int(value)
     return None
 
 

@@ -1,20 +1,33 @@
 """One stage of a served cascade, and what travels between stages: the encoded requests and compact arrays of item rows.
 
-The same class runs in a replica of its own (composed) or beside the others in one replica (fused).
+The same class computes in a replica of its own (composed, behind a `RemoteStage`) and beside the others in the
+gateway's replica (fused, a `LocalStage`). Either joins the requests of the same moment into one batch.
 """
 
 import asyncio
-from typing import Any, NamedTuple, Protocol
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from raycascade.batch import Batch
 from raycascade.bundle import Bundle, load_bundle
-from raycascade.cascade import StageOutcome
-from raycascade.errors import BundleError
+from raycascade.cascade import StageOutcome, search_margin
+from raycascade.errors import DeadlineExceeded, NotReady, Overloaded
 from raycascade.schema import PADDING
+from raycascade.serving.batching import Batcher
+from raycascade.serving.breaker import Breaker
+from raycascade.serving.logs import request_metadata
+from raycascade.serving.options import StageOptions
 
 VERSION = b"bundle"  # in the metadata of what travels
+PATIENCE_S = 0.2  # a call that got less time than that and was not answered is no sign of a stage that is gone
+CLOCK_S = 0.02  # timers may be so much early
 
 
 class Survivors(NamedTuple):
@@ -23,12 +36,74 @@ class Survivors(NamedTuple):
     rows_QK: np.ndarray
     scores_QK: np.ndarray
 
+    def of(self, start: int, stop: int) -> "Survivors":
+        """Those of some of the requests."""
+        return Survivors(self.rows_QK[start:stop], self.scores_QK[start:stop])
+
+
+class EncodedRequests:
+    """Requests that one bundle has encoded together. Tensors and bytes are made once, when they are first needed."""
+
+    def __init__(self, table: pa.Table, bundle: Bundle) -> None:
+        self.table = table
+        self.version = bundle.version
+        self._bundle = bundle
+
+    @cached_property
+    def batch(self) -> Batch:
+        """As tensors."""
+        return self._bundle.batch(self.table)
+
+    @cached_property
+    def packed(self) -> bytes:
+        """As bytes."""
+        return pack(self.table, version=self.version, request_ids=self.table["request_id"].to_pylist())
+
+    def joined(self, others: "Sequence[OneRequest]") -> "EncodedRequests":
+        """Requests of the same version and columns as one table."""
+        parts = [one.group.table.slice(one.row, 1) for one in others]
+        return EncodedRequests(pa.concat_tables(parts).combine_chunks(), self._bundle)
+
+
+class OneRequest:
+    """One of some encoded requests, and its place among them. It moves to another group where stages join it."""
+
+    __slots__ = ("_columns", "_margin", "group", "row")
+
+    def __init__(self, group: EncodedRequests, row: int) -> None:
+        self.group, self.row = group, row
+        schema, excluded = group.table.schema, 0
+        if "exclude" in schema.names:
+            excluded = len(group.table["exclude"][row].values or ())
+        self._columns: Hashable = (group.version, tuple(schema.names), tuple(schema.types))
+        self._margin = search_margin(excluded)
+
+    def key(self, *, searching: bool) -> Hashable:
+        """What requests of one batch have in common: their columns, to be one table, and the width of their search."""
+        return self._columns, self._margin if searching else 0
+
+
+def together(requests: Sequence[OneRequest]) -> EncodedRequests:
+    """One group of exactly these requests in this order: the one they are in already, or a new one."""
+    group = requests[0].group
+    rows = [one.row for one in requests]
+    same = all(one.group is group for one in requests)
+    if same and len(rows) == len(group.table) and rows == list(range(len(rows))):
+        return group
+    new = group.joined(requests)
+    for row, one in enumerate(requests):
+        one.group, one.row = new, row
+    return new
+
 
 class Stage(Protocol):
     """A stage as the gateway sees it, near or far."""
 
-    async def run(self, requests: bytes, before: Survivors | None) -> Survivors:
-        """The survivors among `before`; None: the stage searches the whole catalogue."""
+    async def run(self, request: OneRequest, before: Survivors | None, *, deadline: float) -> Survivors:
+        """The survivors among `before` (None: the stage searches the whole catalogue), of a single request.
+
+        `deadline` is a moment of `time.monotonic()`. DeadlineExceeded, Overloaded, or NotReady where no replica
+        answers; anything else is a failure inside."""
         ...
 
     async def ready(self) -> bool:
@@ -44,68 +119,141 @@ class StageServer:
         self.name = name
         self._keep = self.bundle.cascade.keeps[self.bundle.cascade.names.index(name)]
 
-    def run(self, requests: bytes, before: Survivors | None) -> Survivors:
-        """The survivors of encoded requests (`pack`); BundleError where another bundle has encoded them."""
-        table = unpack(requests)
-        version = (table.schema.metadata or {}).get(VERSION, b"").decode()
-        if version and version != self.bundle.version:
-            raise BundleError(f"{self.bundle.uri}: stage {self.name!r} got requests that another bundle has encoded "
-                              f"(version {version}, here {self.bundle.version}); serve one bundle")
-        cascade, batch = self.bundle.cascade, self.bundle.batch(table)
+    def run(self, batch: Batch, before: Survivors | None) -> Survivors:
+        """The survivors of a batch of requests."""
+        cascade = self.bundle.cascade
         if before is None:
             outcome = cascade.retrieve(batch, self.bundle.index)
         else:
             rows_QK = before.rows_QK.astype(np.int64)
-            scores_QK = before.scores_QK.copy()  # what came from another process is read-only
+            # what came from another process is read-only
+            scores_QK = before.scores_QK if before.scores_QK.flags.writeable else before.scores_QK.copy()
             seen = StageOutcome("before", rows_QK.shape[1], rows_QK, scores_QK, rows_QK != PADDING)
             outcome = cascade.narrow(self.name, self._keep, batch, seen, self.bundle.items)
         rows_QK, mask_QK = outcome.kept()
         return Survivors(np.where(mask_QK, rows_QK, PADDING).astype(np.int32), outcome.scores_QC[:, :self._keep])
 
-    def ready(self) -> bool:
-        """True once the bundle is loaded, which the constructor waits for."""
-        return True
-
 
 class LocalStage:
-    """A stage in this process: plain calls in a thread, so that the event loop stays free."""
+    """A stage in this process: batches run in a thread, so that the event loop stays free."""
 
-    def __init__(self, server: StageServer) -> None:
+    def __init__(self, server: StageServer, options: StageOptions | None = None) -> None:
+        options = options or StageOptions()
         self._server = server
+        in_flight = options.batch.in_flight or 1
+        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix=server.name)
+        self._batcher = Batcher(self._run_batch, options=options.batch, in_flight=in_flight,
+                                max_queued=options.max_queued, name=server.name)
 
-    async def run(self, requests: bytes, before: Survivors | None) -> Survivors:
+    async def run(self, request: OneRequest, before: Survivors | None, *, deadline: float) -> Survivors:
         """The stage's survivors."""
-        return await asyncio.to_thread(self._server.run, requests, before)
+        return await self._batcher.submit((request, before), deadline=deadline,
+                                          key=request.key(searching=before is None))
 
     async def ready(self) -> bool:
-        """Always."""
-        return self._server.ready()
+        """Always: the bundle is loaded."""
+        return True
+
+    async def _run_batch(self, calls: list[tuple[OneRequest, Survivors | None]], deadline: float) -> list[Survivors]:
+        del deadline  # a computation that has begun is not interrupted
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, calls)
+
+    def _compute(self, calls: list[tuple[OneRequest, Survivors | None]]) -> list[Survivors]:
+        group = together([request for request, _ in calls])
+        return split(self._server.run(group.batch, stacked([before for _, before in calls])), [1] * len(calls))
 
 
 class RemoteStage:
-    """A stage in replicas of its own, behind a deployment handle."""
+    """A stage in replicas of its own. `call` sends requests, survivors and the seconds left to one of them and answers
+    its survivors; it raises DeadlineExceeded, Overloaded, NotReady, or `Lost` where the replica that had taken the call
+    is gone: the call is then made once more, which another replica answers. While the stage does not answer at all,
+    requests are told so at once (`Breaker`)."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(
+        self, name: str, call: Callable[[bytes, Survivors | None, float], Awaitable[Survivors]],
+        alive: Callable[[], Awaitable[bool]], options: StageOptions | None = None,
+    ) -> None:
+        options = options or StageOptions()
+        self._name, self._call, self._alive = name, call, alive
+        self._breaker = Breaker()
+        self._batcher = Batcher(self._run_batch, options=options.batch, in_flight=2 * options.most_replicas,
+                                max_queued=options.max_queued, name=name)
 
-    async def run(self, requests: bytes, before: Survivors | None) -> Survivors:
+    async def run(self, request: OneRequest, before: Survivors | None, *, deadline: float) -> Survivors:
         """The stage's survivors."""
-        return Survivors(*await self._handle.run.remote(requests, before))
+        if not self._breaker.allows():
+            raise NotReady(f"{self._name}: the stage has not answered lately; try again in a few seconds")
+        return await self._batcher.submit((request, before), deadline=deadline,
+                                          key=request.key(searching=before is None))
 
     async def ready(self) -> bool:
         """Whether a replica answers."""
-        return await self._handle.ready.remote()
+        return await self._alive()
+
+    async def _run_batch(self, calls: list[tuple[OneRequest, Survivors | None]], deadline: float) -> list[Survivors]:
+        message = together([request for request, _ in calls]).packed
+        before = stacked([before for _, before in calls])
+        left_s = deadline - time.monotonic()
+        try:
+            survivors = await self._twice(message, before, deadline)
+        except (NotReady, Overloaded):
+            self._breaker.failed()
+            raise
+        except (DeadlineExceeded, asyncio.CancelledError):
+            # Cancelled: nobody waits any more. A caller who gives a stage no time says nothing of the stage.
+            if left_s >= PATIENCE_S and time.monotonic() >= deadline - CLOCK_S:
+                self._breaker.failed()
+            raise
+        self._breaker.succeeded()
+        return split(survivors, [1] * len(calls))
+
+    async def _twice(self, message: bytes, before: Survivors | None, deadline: float) -> Survivors:
+        for _ in range(2):
+            if (left_s := deadline - time.monotonic()) <= 0:
+                raise DeadlineExceeded(f"{self._name}: the request's time was over before the call")
+            with suppress(Lost):
+                return await self._call(message, before, left_s)
+        raise NotReady(f"{self._name}: two replicas in turn were lost; try again in a few seconds")
 
 
-def pack(requests: pa.Table, *, version: str = "") -> bytes:
-    """Encoded requests as an Arrow stream, with the version of the bundle that has encoded them."""
-    requests = requests.replace_schema_metadata({VERSION: version.encode()} if version else None)
+class Lost(Exception):
+    """The replica that had taken a call is gone, or does not hold the bundle of the request."""
+
+
+def stacked(parts: Sequence[Survivors | None]) -> Survivors | None:
+    """The survivors of several calls of one stage as one; None where the stage has none before it."""
+    present = [part for part in parts if part is not None]
+    assert len(present) in (0, len(parts)), "a stage is the first one for all requests or for none"
+    if len(present) <= 1:
+        return present[0] if present else None
+    return Survivors(np.concatenate([part.rows_QK for part in present]),
+                     np.concatenate([part.scores_QK for part in present]))
+
+
+def split(survivors: Survivors, sizes: Sequence[int]) -> list[Survivors]:
+    """The inverse of `stacked`, by the number of requests of each call."""
+    if len(sizes) == 1:
+        return [survivors]
+    ends = np.cumsum(sizes).tolist()
+    return [survivors.of(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def pack(requests: pa.Table, *, version: str = "", request_ids: Sequence[str] = ()) -> bytes:
+    """Encoded requests as an Arrow stream, with the version of the bundle that has encoded them, and the ids that logs
+    call them by."""
+    notes = ({VERSION: version.encode()} if version else {}) | (request_metadata(*request_ids) if request_ids else {})
+    requests = requests.replace_schema_metadata(notes or None)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, requests.schema) as writer:
         writer.write_table(requests)
     return sink.getvalue().to_pybytes()
 
 
-def unpack(requests: bytes) -> pa.Table:
+def unpack(message: bytes) -> pa.Table:
     """The inverse of `pack`."""
-    return pa.ipc.open_stream(requests).read_all()
+    return pa.ipc.open_stream(message).read_all()
+
+
+def version_of(requests: pa.Table) -> str:
+    """The version of the bundle that has encoded what was unpacked, "" if it does not say."""
+    return (requests.schema.metadata or {}).get(VERSION, b"").decode()

@@ -1,0 +1,112 @@
+"""Encoding the queries of the same moment together: one table for all, and each query's place in it."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from raycascade.bundle import Bundle
+from raycascade.errors import DataError
+from raycascade.serving.answers import UserSource
+from raycascade.serving.batching import Batcher
+from raycascade.serving.options import StageOptions
+from raycascade.serving.requests import Query
+from raycascade.serving.stages import EncodedRequests, OneRequest
+from raycascade.serving.user_rows import Encoded, encode_queries
+from raycascade.serving.users import UserState
+
+
+class Wave:
+    """Queries that were encoded together, until the last of them is answered."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._over = asyncio.Event()
+
+    def leave(self) -> None:
+        """One of them is answered, or given up."""
+        self._left -= 1
+        if self._left <= 0:
+            self._over.set()
+
+    async def over(self, deadline: float) -> None:
+        """Returns when all have left, or should have."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._over.wait()
+
+
+class Entry(NamedTuple):
+    """A query as the stages see it. `raw`: its canonical row, `encoded`: what became of it and the users table. Whoever
+    has got it says `wave.leave()` in the end."""
+
+    wave: Wave
+    request: OneRequest
+    encoded: pa.Table
+    raw: pa.Table
+    source: UserSource
+    known: bool
+
+
+class _Call(NamedTuple):
+    query: Query
+    state: UserState | None
+    available: bool  # whether the user store was
+    request_id: str
+
+
+class JointEncoder:
+    """Encodes with one bundle, in a thread; queries that come while another batch is encoded go together. With `waves`,
+    at most so many batches are between here and their answers: where the stages compute in this process, a few large
+    batches cost less than many small ones. None: any number."""
+
+    def __init__(self, bundle: Bundle, options: StageOptions, *, waves: int | None = None) -> None:
+        self._bundle = bundle
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._batcher = Batcher(self._run, options=options.batch, in_flight=waves or 1, max_queued=options.max_queued,
+                                name="encode", settled=_until_over if waves else None)
+
+    async def encode(
+        self, query: Query, state: UserState | None, *, available: bool, request_id: str, deadline: float
+    ) -> Entry:
+        """The encoded query. DataError where it does not fit the bundle, whatever it was encoded with."""
+        call = _Call(query, state, available, request_id)
+        entry = await self._batcher.submit(call, deadline=deadline, key=available)
+        if isinstance(entry, DataError):
+            raise entry
+        return entry
+
+    async def _run(self, calls: list[_Call], deadline: float) -> Sequence[Entry | DataError]:
+        del deadline
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, calls)
+
+    def _encode(self, calls: list[_Call]) -> Sequence[Entry | DataError]:
+        try:
+            states = [call.state for call in calls] if calls[0].available else None
+            encoded = encode_queries([call.query for call in calls], states, self._bundle,
+                                     request_ids=[call.request_id for call in calls])
+        except DataError as error:
+            if len(calls) == 1:
+                return [error]
+            return [entry for call in calls for entry in self._encode([call])]  # the others fit
+        return self._entries(encoded)
+
+    def _entries(self, encoded: Encoded) -> list[Entry]:
+        group = EncodedRequests(encoded.table, self._bundle)
+        wave = Wave(len(encoded.table))
+        return [Entry(wave, OneRequest(group, row), encoded.table.slice(row, 1), encoded.raw[row], encoded.sources[row],
+                      encoded.known[row]) for row in range(len(encoded.table))]
+
+
+async def _until_over(
+    entries: Sequence[Entry | DataError], unwanted: Sequence[Entry | DataError], deadline: float
+) -> None:
+    for entry in unwanted:
+        if isinstance(entry, Entry):
+            entry.wave.leave()
+    for wave in {id(entry.wave): entry.wave for entry in entries if isinstance(entry, Entry)}.values():
+        await wave.over(deadline)

@@ -1,0 +1,99 @@
+"""`serve deploy serve/config.yaml`, by what it sends to Ray Serve's controller: the application of the file, and
+another bundle by a change of its `user_config`."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from raycascade.bundle import Bundle, load_bundle
+from raycascade.flows import serving
+from raycascade.serving.versions import read_release
+from tests.serve.load import Load
+from tests.served import checked_bundle
+
+pytestmark = pytest.mark.ray
+FILE = Path(__file__).resolve().parents[2] / "serve" / "config.yaml"
+APP = "raycascade"
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
+    folder = tmp_path_factory.mktemp("configured")
+    return [load_bundle(checked_bundle(str(folder / name), seed=seed)) for name, seed in (("one", 11), ("two", 12))]
+
+
+def config(first: str, asked_for: str) -> dict[str, Any]:
+    """The file with other bundles, on a machine of its own."""
+    tree = yaml.safe_load(FILE.read_text())
+    (app,) = tree["applications"]
+    app["args"]["bundle"] = first
+    app["args"]["options"] |= {"deadline_ms": 30_000, "poll_s": 1.0, "users": {"timeout_ms": 30_000}}
+    (gateway,) = app["deployments"]
+    assert gateway["name"] == serving.GATEWAY
+    gateway["user_config"] = {"bundle": asked_for}
+    return tree
+
+
+def apply(tree: dict[str, Any]) -> None:
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(ServeDeploySchema.model_validate(tree))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300.0
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def running() -> bool:
+    app = serve.status().applications.get(APP)
+    return app is not None and app.status == "RUNNING"
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, bundles: list[Bundle]) -> Iterator[str]:
+    port = serving.free_port("127.0.0.1", 0)
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    apply(config(bundles[0].uri, bundles[0].uri))
+    until(running)
+    yield f"http://127.0.0.1:{port}"
+    serving.stop(APP)
+
+
+def version(url: str) -> str:
+    return httpx.get(f"{url}/v1/model", timeout=30.0).json()["version"]
+
+
+def test_the_file_serves_and_a_changed_user_config_swaps_without_a_failed_request(url: str, bundles: list[Bundle]):
+    one, two = bundles
+    assert version(url) == one.version
+    with Load(url, bundles) as load:
+        load.more(10)
+        apply(config(one.uri, two.uri))
+        load.until(lambda replies: replies.versions[two.version] > 10)
+    assert (load.replies.failed, load.replies.wrong, dict(load.replies.degraded)) == ([], [], {})
+    release = read_release(str(Path(one.uri).parent / "_serving" / f"{APP}.json"))
+    assert release is not None
+    assert (release.version, release.configured) == (
+        two.version, {"application": one.uri, "user_config": two.uri})
+
+
+def test_a_bad_bundle_in_the_user_config_changes_nothing(url: str, bundles: list[Bundle], tmp_path: Path):
+    before = version(url)
+    with Load(url, bundles) as load:
+        apply(config(bundles[0].uri, str(tmp_path / "nothing")))
+        load.more(30)
+    assert (load.replies.failed, load.replies.wrong, dict(load.replies.degraded)) == ([], [], {})
+    assert set(load.replies.versions) == {before}
+    apply(config(bundles[0].uri, bundles[0].uri))  # another change is heard
+    until(lambda: version(url) == bundles[0].version)

@@ -1,0 +1,71 @@
+"""Replicas that die under light load: no wrong answer and no failed request; what lacks a stage says so."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from ray import serve
+
+from raycascade.bundle import Bundle, load_bundle
+from raycascade.flows import serving
+from tests.serve.load import Load
+from tests.served import checked_bundle, patient
+
+pytestmark = pytest.mark.ray
+APP = "faults"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(checked_bundle(str(tmp_path_factory.mktemp("faults") / "one")))
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, bundle: Bundle) -> Iterator[str]:
+    """Two replicas of the pre-ranker, one of the others. A request has two seconds."""
+    options = patient(stages={"pre_ranker": {"replicas": 2}}, deadline_ms=2_000)
+    yield serving.start(bundle.uri, options, name=APP, route_prefix=f"/{APP}")
+    serving.stop(APP)
+
+
+def processes(stage: str) -> list[int]:
+    """Process ids of a stage's replicas."""
+    handle = serve.get_deployment_handle(stage, APP)
+    return sorted(handle.broadcast("process").results(timeout_s=30.0))
+
+
+def kill_one(stage: str) -> None:
+    os.kill(processes(stage)[0], signal.SIGKILL)
+
+
+def test_one_of_two_replicas_dies_and_every_request_is_answered(url: str, bundle: Bundle):
+    with Load(url, [bundle]) as load:
+        load.more(20)
+        kill_one("pre_ranker")
+        load.more(40)
+    assert (load.replies.failed, load.replies.wrong) == ([], [])
+    assert {stage for stage, _ in load.replies.degraded} <= {"pre_ranker"}
+
+
+def test_the_only_replica_of_a_later_stage_dies_and_answers_say_that_they_lack_it(url: str, bundle: Bundle):
+    with Load(url, [bundle]) as load:
+        load.more(20)
+        kill_one("ranker")
+        load.until(lambda replies: replies.degraded.total() > 0)
+        seen = load.replies.statuses.total() - load.replies.degraded.total()
+        load.until(lambda replies: replies.statuses.total() - replies.degraded.total() > seen + 20)  # whole again
+    assert (load.replies.failed, load.replies.wrong) == ([], [])
+    assert {stage for stage, _ in load.replies.degraded} == {"ranker"}
+    assert {reason for _, reason in load.replies.degraded} <= {"unavailable", "deadline"}
+
+
+def test_the_first_stage_dies_and_popular_items_stand_in(url: str, bundle: Bundle):
+    with Load(url, [bundle]) as load:
+        load.more(20)
+        kill_one("retriever")
+        load.until(lambda replies: replies.degraded.total() > 0)
+        seen = load.replies.statuses.total() - load.replies.degraded.total()
+        load.until(lambda replies: replies.statuses.total() - replies.degraded.total() > seen + 20)
+    assert (load.replies.failed, load.replies.wrong) == ([], [])
+    assert {stage for stage, _ in load.replies.degraded} == {"retriever"}

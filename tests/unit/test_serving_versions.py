@@ -1,0 +1,272 @@
+"""Versions of a bundle in one process: releases, changing over between requests, replicas that follow, bad bundles."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycascade import storage
+from raycascade.bundle import Bundle, add_to_manifest, load_bundle, stated_version
+from raycascade.errors import BundleError, ConfigError, NotReady
+from raycascade.serving.gateway import Gateway
+from raycascade.serving.options import ServeOptions
+from raycascade.serving.replicas import GatewayReplica, StageReplica
+from raycascade.serving.requests import Query
+from raycascade.serving.stages import LocalStage, Lost, Stage, StageServer, Survivors, pack
+from raycascade.serving.telemetry import Telemetry
+from raycascade.serving.versions import read_release, release_uri, write_release
+from tests.served import checked_bundle, patient
+from tests.tiny_world import KEEPS
+
+FUSED = patient(mode="fused")
+
+
+@pytest.fixture(scope="module")
+def uris(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bundles")
+    return {name: checked_bundle(str(folder / name), seed=seed) for name, seed in (("one", 11), ("two", 12))}
+
+
+@pytest.fixture(scope="module")
+def versions(uris: dict[str, str]) -> dict[str, str]:
+    return {name: stated_version(uri) for name, uri in uris.items()}
+
+
+def damaged(uri: str, folder: Path) -> str:
+    """A copy with a byte too many in the last stage's weights."""
+    copy = shutil.copytree(uri, folder / "damaged")
+    with open(copy / "stages" / "ranker" / "weights.safetensors", "ab") as file:
+        file.write(b"x")
+    return str(copy)
+
+
+def lying(uri: str, folder: Path) -> str:
+    """A copy that is whole, but whose record is not what it answers."""
+    copy = str(shutil.copytree(uri, folder / "lying"))
+    file = storage.join(copy, "selfcheck/answers.json")
+    answers = storage.read_json(file)
+    answers["stages"][-1]["scores"][0][0] += 0.5
+    storage.write_json(file, answers)
+    add_to_manifest(copy, ["selfcheck/answers.json"])
+    return copy
+
+
+def stages_of(bundle: Bundle) -> Mapping[str, Stage]:
+    return {name: LocalStage(StageServer(bundle, name)) for name in bundle.cascade.names}
+
+
+def fused_replica(uri: str, release: str, telemetry: Telemetry | None = None) -> GatewayReplica:
+    return GatewayReplica(uri, tuple(KEEPS), stages_of, FUSED, release, telemetry=telemetry)
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    async def limited() -> Any:
+        async with asyncio.timeout(60.0):
+            return await work()
+
+    return asyncio.run(limited())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.01)
+
+
+# ---------------------------------------------------------------- the release
+def test_a_release_comes_back_as_it_was_written_and_keeps_what_configs_asked_for(tmp_path: Path):
+    uri = release_uri("", bundle=str(tmp_path / "bundles" / "one"), app="shop")
+    assert uri == str(tmp_path / "bundles" / "_serving" / "shop.json")
+    assert read_release(uri) is None
+    write_release(uri, bundle="one", version="1" * 16, source="application")
+    write_release(uri, bundle="two", version="2" * 16)
+    release = read_release(uri)
+    assert release is not None
+    assert (release.bundle, release.version, release.configured) == ("two", "2" * 16, {"application": "one"})
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"bundle": "x"}', '{"other": 1}'])
+def test_what_is_no_release_is_refused(tmp_path: Path, content: str):
+    file = tmp_path / "release.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="not a release"):
+        read_release(str(file))
+
+
+def test_a_release_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="the release cannot be written"):
+        write_release(str(tmp_path / "file" / "release.json"), bundle="one", version="1")
+
+
+# ---------------------------------------------------------------- the gateway
+def test_a_gateway_changes_over_between_two_requests_and_lets_go_of_the_old_one(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+):
+    telemetry = Telemetry(stages=tuple(KEEPS))
+    replica = fused_replica(uris["one"], str(tmp_path / "release.json"), telemetry)
+
+    async def work() -> None:
+        gateway = replica.gateway
+        assert await replica.prepare(uris["two"]) == versions["two"]
+        assert (await gateway.recommend(Query(user_id=100))).version == versions["one"]
+        await replica.activate(versions["two"])
+        answer = await gateway.recommend(Query(user_id=100))
+        assert (answer.version, answer.model) == (versions["two"], "two")
+        assert gateway.active.checked
+        assert set(gateway.versions.held) == set(versions.values())
+        assert await replica.retire(versions["one"], 5.0)
+        assert gateway.versions.held == (versions["two"],)
+        assert not await replica.retire(versions["two"], 0.0)  # the active one stays
+
+    run(work)
+    assert telemetry.totals()["raycascade_swaps_total", "swapped"] == 1
+
+
+def test_a_request_on_its_way_keeps_its_version_and_holds_it(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+):
+    replica = fused_replica(uris["one"], str(tmp_path / "release.json"))
+    gate = asyncio.Event()
+
+    class Held(LocalStage):
+        async def run(self, request: Any, before: Survivors | None, *, deadline: float) -> Survivors:
+            await gate.wait()
+            return await super().run(request, before, deadline=deadline)
+
+    old = replica.gateway.active
+    old.stages = {**old.stages, "ranker": Held(StageServer(old.bundle, "ranker"))}
+
+    async def work() -> None:
+        waiting = asyncio.create_task(replica.gateway.recommend(Query(user_id=100)))
+        await until(lambda: old.num_running == 1)
+        await replica.prepare(uris["two"])
+        await replica.activate(versions["two"])
+        assert (await replica.gateway.recommend(Query(user_id=100))).version == versions["two"]
+        retiring = asyncio.create_task(replica.retire(versions["one"], 30.0))
+        await asyncio.sleep(0)
+        assert not retiring.done()
+        gate.set()
+        assert (await waiting).version == versions["one"]
+        assert await retiring
+
+    run(work)
+
+
+@pytest.mark.parametrize(("bad", "message"), [(damaged, "changed since it was written"), (lying, "self-check failed")])
+def test_a_bad_bundle_is_refused_and_the_old_one_serves(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, bad: Callable[[str, Path], str], message: str
+):
+    telemetry = Telemetry(stages=tuple(KEEPS))
+    replica = fused_replica(uris["one"], str(tmp_path / "release.json"), telemetry)
+    uri = bad(uris["two"], tmp_path)
+
+    async def work() -> None:
+        with pytest.raises(BundleError, match=message):
+            await replica.prepare(uri)
+        await replica.refuse(uri)
+        assert replica.gateway.versions.held == (versions["one"],)
+        assert (await replica.gateway.recommend(Query(user_id=100))).version == versions["one"]
+
+    run(work)
+    assert telemetry.totals()["raycascade_swaps_total", "refused"] == 1
+    with pytest.raises(BundleError, match=message):
+        fused_replica(uri, str(tmp_path / "none.json"))
+
+
+def test_a_version_that_is_not_loaded_is_not_activated(uris: dict[str, str], tmp_path: Path):
+    gateway = fused_replica(uris["one"], str(tmp_path / "release.json")).gateway
+    with pytest.raises(NotReady, match="version 123 is not loaded here"):
+        gateway.activate("123")
+
+
+def test_composed_stages_must_be_those_that_are_deployed(uris: dict[str, str], tmp_path: Path):
+    other = checked_bundle(str(tmp_path / "other"), keeps={"retriever": 40, "ranker": 5})
+    replica = GatewayReplica(uris["one"], tuple(KEEPS), stages_of, patient(), str(tmp_path / "release.json"))
+    with pytest.raises(BundleError, match="its stages are retriever, ranker, but retriever, pre_ranker, ranker are"):
+        run(lambda: replica.prepare(other))
+
+
+def test_a_replica_starts_with_what_is_released_and_follows_a_later_release(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+):
+    release = str(tmp_path / "release.json")
+    write_release(release, bundle=uris["two"], version=versions["two"])
+    replica = fused_replica(uris["one"], release)
+    assert replica.gateway.active.version == versions["two"]
+
+    async def work() -> None:
+        write_release(release, bundle=uris["one"], version=versions["one"])
+        replica.look()
+        await until(lambda: replica.gateway.versions.held == (versions["one"],))
+        write_release(release, bundle=str(tmp_path / "nothing"), version="0" * 16)
+        replica.look()
+        replica.look()
+        await until(lambda: replica._looking is not None and replica._looking.done())
+        assert (await replica.gateway.recommend(Query(user_id=100))).version == versions["one"]
+
+    run(work)
+
+
+# ---------------------------------------------------------------- a stage
+def test_a_stage_answers_requests_of_the_versions_that_it_holds_and_of_no_other(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+):
+    release = str(tmp_path / "release.json")
+    write_release(release, bundle=uris["one"], version=versions["one"])
+    replica = StageReplica(uris["one"], "retriever", ServeOptions(), release)
+    bundles = {name: load_bundle(uri) for name, uri in uris.items()}
+    tables = {name: bundle.encode(Gateway(bundle, stages_of(bundle)).active.bundle.users.table.select(["user_key"])
+                                  .rename_columns(["user_id"]).slice(0, 2)) for name, bundle in bundles.items()}
+    messages = {name: pack(table, version=versions[name]) for name, table in tables.items()}
+
+    def expected(name: str) -> list[list[int]]:
+        return bundles[name].recommend(tables[name]).stages[0].kept()[0].tolist()
+
+    async def work() -> None:
+        assert (await replica.run(messages["one"], None, 30.0)).rows_QK.tolist() == expected("one")
+        with pytest.raises(Lost):
+            await replica.run(messages["two"], None, 30.0)
+        assert await replica.prepare(uris["two"]) == versions["two"]
+        both = await asyncio.gather(*(replica.run(messages[name], None, 30.0) for name in ("one", "two", "one")))
+        assert [one.rows_QK.tolist() for one in both] == [expected(name) for name in ("one", "two", "one")]
+        await replica.forget(versions["one"])  # it is released
+        assert set(replica.held) == set(versions.values())
+        write_release(release, bundle=uris["two"], version=versions["two"])
+        await replica.forget(versions["one"])
+        assert replica.held == (versions["two"],)
+
+    run(work)
+
+
+def test_a_stage_loads_the_release_that_a_request_speaks_of(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+):
+    release = str(tmp_path / "release.json")
+    replica = StageReplica(uris["one"], "ranker", ServeOptions(), release)
+    write_release(release, bundle=uris["two"], version=versions["two"])
+    bundle = load_bundle(uris["two"])
+    message = pack(bundle.encode(bundle.users.table.select(["user_key"]).rename_columns(["user_id"]).slice(0, 1)),
+                   version=versions["two"])
+
+    async def work() -> None:
+        with pytest.raises(Lost):
+            await replica.run(message, None, 30.0)
+        await until(lambda: versions["two"] in replica.held)
+
+    run(work)
+
+
+@pytest.mark.parametrize("name", list(KEEPS))
+def test_a_stage_checks_its_own_part(uris: dict[str, str], tmp_path: Path, name: str):
+    replica = StageReplica(uris["one"], name, ServeOptions(), str(tmp_path / "release.json"))
+    bad = lying(uris["two"], tmp_path)
+    if name == "ranker":
+        with pytest.raises(BundleError, match="self-check failed at stage 'ranker', request 0"):
+            run(lambda: replica.prepare(bad))
+    else:
+        run(lambda: replica.prepare(bad))
+    run(lambda: replica.refuse(bad))
+    assert replica.held == (stated_version(uris["one"]),)
