@@ -50,7 +50,7 @@ def traffic(tiny_bundle: str, tmp_path_factory: pytest.TempPathFactory) -> Traff
     """Four days over HTTP: every user asks twice a day and clicks on short items, a minute after they were shown."""
     seen = Traffic(tmp_path_factory.mktemp("traffic"))
     pq.write_table(raw_items(), seen.folder / "items.parquet")
-    bundle, options = load_bundle(tiny_bundle), patient()
+    bundle, options = load_bundle(tiny_bundle), patient(deadline_ms=60_000)
     log = TrafficLog(str(seen.folder / "log"), rotate_rows=50)
     stages = {name: LocalStage(StageServer(bundle, name), options.stage(name)) for name in bundle.cascade.names}
     asyncio.run(_days(Gateway(bundle, stages, options, traffic=log), seen))
@@ -122,9 +122,10 @@ def requests_of(shards: Shards, split: str) -> list[dict[str, Any]]:
 
 def test_every_answer_is_prepared_with_the_candidates_of_all_stages_and_the_clicks(traffic: Traffic, shards: Shards):
     rows = requests_of(shards, "train") + requests_of(shards, "test")
-    ended = [name for name, moment in traffic.moments.items()
-             if moment <= max(moment + 60_000 for moment in traffic.moments.values()) - 120 * 60_000]
-    assert {row["request_id"] for row in rows} == set(ended)
+    last_turn_ms = max(traffic.moments.values()) - 60 * 60_000  # the window of those requests is not over
+    whole = {name for name, moment in traffic.moments.items()
+             if moment < last_turn_ms and not traffic.answers[name]["degraded"]}  # a busy machine may miss a deadline
+    assert {row["request_id"] for row in rows} == whole
     num_clicks = 0
     for row in rows:
         answer = traffic.answers[row["request_id"]]

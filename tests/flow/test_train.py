@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 import yaml
 
+from raycascade import selfcheck
 from raycascade.bundle import load_bundle
 from raycascade.config import Config
 from raycascade.errors import ConfigError
@@ -61,6 +62,10 @@ def one(ray_cluster: None, folder: Path) -> dict[str, Any]:
 def two(ray_cluster: None, folder: Path) -> dict[str, Any]:
     """An undisturbed run on two workers, half a batch each."""
     return train(config_of(folder, "two", workers=2))
+
+
+def test_a_trained_bundle_records_answers_and_gives_them_again(one: dict[str, Any]):
+    assert selfcheck.require_whole(load_bundle(one["bundle"]))
 
 
 def bundle_weights(uri: str) -> dict[str, bytes]:

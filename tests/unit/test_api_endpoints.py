@@ -104,7 +104,8 @@ def test_without_a_deadline_that_of_the_options_holds_and_a_batch_has_its_shorte
     gateway, options = ToldGateway(), ServeOptions(deadline_ms=7_000)
     api = api_over(gateway, options)
     bodies = [("/v1/recommend", {"user_id": 1}), ("/v1/explain", {"user_id": 1, "item_id": 2, "deadline_ms": 9_000}),
-              ("/v1/recommend:batch", {"queries": [{"user_id": 1}, {"user_id": 2, "deadline_ms": 3_000}]})]
+              ("/v1/recommend:batch", {"queries": [{"user_id": 1}, *(
+                  {"user_id": 2, "deadline_ms": ms} for ms in (5_000, 3_000, 8_000))]})]
     started = time.monotonic()
     ask_all(api, [("POST", place, {"json": body}) for place, body in bodies])
     given_s = [round(context.deadline - started) for _, _, context in gateway.asked]

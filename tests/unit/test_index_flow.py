@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from raycascade import selfcheck
 from raycascade.bundle import load_bundle, verify
 from raycascade.flows.index import index
 
@@ -16,7 +17,9 @@ def test_the_new_bundle_is_whole_and_answers_as_the_old_one(tiny_bundle: str, tm
     (old / "evaluation.test.json").write_text("{}")
     result = index(str(old))
     assert result["items"] == load_bundle(tiny_bundle).items.num_items
-    assert set(verify(result["bundle"])["files"]) == set(verify(str(old))["files"])
+    files = {file for file in verify(result["bundle"])["files"] if not file.startswith("selfcheck/")}
+    assert files == set(verify(str(old))["files"])
+    assert selfcheck.require_whole(load_bundle(result["bundle"]))
     assert not list(Path(result["bundle"]).glob("*.html"))
     asked = pa.table({"user_id": [100, 103, 999]})
     bundles = [load_bundle(uri) for uri in (tiny_bundle, result["bundle"])]

@@ -23,7 +23,7 @@ from tests.served import patient
 from tests.tiny_world import KEEPS, item_id
 
 QUERIES = [*(Query(user_id=user, trace=True) for user in (100, 103, 110, 124, 31)),
-           Query(user_id=100, history=[item_id(4), item_id(9)], trace=True),
+           Query.model_validate({"user_id": 100, "history": [item_id(4), item_id(9)], "trace": True}),
            Query(user_id="nobody", exclude=[item_id(1), item_id(2)], trace=True),
            Query(user_id=101, context={"device": "desk"}, trace=True)]
 
