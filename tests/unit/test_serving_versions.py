@@ -11,7 +11,7 @@ import pytest
 from raycascade import storage
 from raycascade.bundle import Bundle, add_to_manifest, load_bundle, stated_version
 from raycascade.errors import BundleError, ConfigError, NotReady
-from raycascade.serving.gateway import Gateway
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.replicas import GatewayReplica, StageReplica
 from raycascade.serving.requests import Query
@@ -54,8 +54,8 @@ def lying(uri: str, folder: Path) -> str:
     return copy
 
 
-def stages_of(bundle: Bundle) -> Mapping[str, Stage]:
-    return {name: LocalStage(StageServer(bundle, name)) for name in bundle.cascade.names}
+def stages_of(bundle: Bundle, lanes: Lanes) -> Mapping[str, Stage]:
+    return {name: LocalStage(StageServer(bundle, name), lanes=lanes) for name in bundle.cascade.names}
 
 
 def fused_replica(uri: str, release: str, telemetry: Telemetry | None = None) -> GatewayReplica:
@@ -218,8 +218,8 @@ def test_a_stage_answers_requests_of_the_versions_that_it_holds_and_of_no_other(
     write_release(release, bundle=uris["one"], version=versions["one"])
     replica = StageReplica(uris["one"], "retriever", ServeOptions(), release)
     bundles = {name: load_bundle(uri) for name, uri in uris.items()}
-    tables = {name: bundle.encode(Gateway(bundle, stages_of(bundle)).active.bundle.users.table.select(["user_key"])
-                                  .rename_columns(["user_id"]).slice(0, 2)) for name, bundle in bundles.items()}
+    tables = {name: bundle.encode(bundle.users.table.select(["user_key"]).rename_columns(["user_id"]).slice(0, 2))
+              for name, bundle in bundles.items()}
     messages = {name: pack(table, version=versions[name]) for name, table in tables.items()}
 
     def expected(name: str) -> list[list[int]]:

@@ -27,6 +27,7 @@ from raycascade.errors import ConfigError, DeadlineExceeded, NotReady, Overloade
 from raycascade.flows._metrics import RayMetrics
 from raycascade.serving.api import build_api
 from raycascade.serving.keys import require_safe_binding
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.logs import log_json
 from raycascade.serving.options import ServeOptions, StageOptions
 from raycascade.serving.replicas import GatewayReplica, StageReplica
@@ -40,6 +41,7 @@ APPLICATION = "application"  # where a release says that a config asked for a bu
 SPARE_CALLS = 64  # of a gateway replica, beyond what it takes: probes, and requests that it refuses itself
 BIG_MESSAGE = 3 << 20  # bytes; above 4 MB a call goes through the object store
 READY_S = 5.0
+Stages = Callable[[Bundle, Lanes], Mapping[str, Stage]]
 
 
 # ---------------------------------------------------------------- in the replicas
@@ -133,12 +135,12 @@ class GatewayIngress:
             self._telemetry.close()
 
 
-def _stages_of(handles: Mapping[str, Any], options: ServeOptions) -> Callable[[Bundle], Mapping[str, Stage]]:
+def _stages_of(handles: Mapping[str, Any], options: ServeOptions) -> Stages:
     if handles:
         far = {name: remote_stage(name, handle, options.stage(name)) for name, handle in handles.items()}
-        return lambda _: far
-    return lambda bundle: {name: LocalStage(StageServer(bundle, name), options.stage(name))
-                           for name in bundle.cascade.names}
+        return lambda bundle, lanes: far
+    return lambda bundle, lanes: {name: LocalStage(StageServer(bundle, name), options.stage(name), lanes)
+                                  for name in bundle.cascade.names}
 
 
 def remote_stage(name: str, handle: Any, options: StageOptions) -> RemoteStage:

@@ -23,6 +23,7 @@ from raycascade.serving.answers import Answer, Explanation, ItemView, StageFate,
 from raycascade.serving.context import RequestContext
 from raycascade.serving.funnel import Passage, descend
 from raycascade.serving.joint_encoding import Entry
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.logs import within
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.requests import Query
@@ -57,11 +58,12 @@ class Gateway:
     def __init__(
         self, bundle: Bundle, stages: Mapping[str, Stage], options: ServeOptions | None = None, *,
         users: UserStore | None = None, telemetry: Telemetry | None = None, traffic: TrafficLog | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.options = options or ServeOptions()
         self.telemetry = telemetry or NoTelemetry()
         self.users = users or open_user_store(self.options.users, bundle)
-        self.versions = Versions(ServedModel(bundle, stages, self.options))
+        self.versions = Versions(ServedModel(bundle, stages, self.options, lanes))
         self.telemetry.model(bundle.version)
         self._traffic = traffic
         door = self.options.gateway

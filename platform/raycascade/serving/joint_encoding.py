@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from raycascade.bundle import Bundle
 from raycascade.errors import DataError
 from raycascade.serving.answers import UserSource
 from raycascade.serving.batching import Batcher
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import StageOptions
 from raycascade.serving.requests import Query
 from raycascade.serving.stages import EncodedRequests, OneRequest
@@ -64,9 +64,10 @@ class JointEncoder:
     at most so many batches are between here and their answers: where the stages compute in this process, a few large
     batches cost less than many small ones. None: any number."""
 
-    def __init__(self, bundle: Bundle, options: StageOptions, *, waves: int | None = None) -> None:
-        self._bundle = bundle
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="encode")
+    def __init__(
+        self, bundle: Bundle, options: StageOptions, *, lanes: Lanes | None = None, waves: int | None = None
+    ) -> None:
+        self._bundle, self._lanes = bundle, lanes or Lanes()
         self._batcher = Batcher(self._run, options=options.batch, in_flight=waves or 1, max_queued=options.max_queued,
                                 name="encode", settled=_until_over if waves else None)
 
@@ -82,7 +83,7 @@ class JointEncoder:
 
     async def _run(self, calls: list[_Call], deadline: float) -> Sequence[Entry | DataError]:
         del deadline
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, calls)
+        return await self._lanes.run(self._encode, calls)
 
     def _encode(self, calls: list[_Call]) -> Sequence[Entry | DataError]:
         try:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from raycascade.bundle import Bundle, load_bundle, stated_version
 from raycascade.errors import BundleError, RaycascadeError
 from raycascade.serving.batching import Batcher
 from raycascade.serving.gateway import Gateway
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.logs import request_in, within
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.served import ServedModel, require_same_stages
@@ -59,10 +59,8 @@ class StageReplica:
         server = checked_stage(released_bundle(release, uri), name)
         self._servers = {server.bundle.version: server}
         self._asked = {server.bundle.version: time.monotonic()}  # when a version was needed last
-        in_flight = own.batch.in_flight or 1
-        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix=name)
-        self._batcher = Batcher(self._run_batch, options=own.batch, in_flight=in_flight, max_queued=own.max_queued,
-                                name=name)
+        self._lanes = Lanes(own.batch.in_flight or 1)
+        self._batcher = Batcher(self._run_batch, options=own.batch, in_flight=1, max_queued=own.max_queued, name=name)
         self._loading = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
 
@@ -129,7 +127,7 @@ class StageReplica:
         server = self._servers.get(calls[0].version)
         if server is None:
             raise Lost(f"{self.name}: version {calls[0].version} is not loaded here any more")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _compute, server, calls)
+        return await self._lanes.run(_compute, server, calls)
 
 
 def _compute(server: StageServer, calls: list[_Call]) -> list[Survivors]:
@@ -158,14 +156,14 @@ def checked_stage(uri: str, name: str) -> StageServer:
 
 
 class GatewayReplica:
-    """The gateway of one or more bundles. `stages_of` gives the stages that answer for a bundle: near ones, or those
-    behind handles. Loads the released bundle (`uri` where there is none).
+    """The gateway of one or more bundles. `stages_of` gives the stages that answer for a bundle: near ones, which
+    compute in the lanes, or those behind handles. Loads the released bundle (`uri` where there is none).
 
     Fused, it passes the whole self-check before it is there; composed, its encoding must be as recorded, since a
     gateway must come back while a stage is away, and the stages check themselves."""
 
     def __init__(
-        self, uri: str, names: tuple[str, ...], stages_of: Callable[[Bundle], Mapping[str, Stage]],
+        self, uri: str, names: tuple[str, ...], stages_of: Callable[[Bundle, Lanes], Mapping[str, Stage]],
         options: ServeOptions, release: str, *, telemetry: Telemetry | None = None,
     ) -> None:
         traffic = options.traffic
@@ -176,7 +174,9 @@ class GatewayReplica:
         self._traffic = TrafficLog(
             traffic.uri, sample=traffic.sample, rotate_s=traffic.rotate_s, rotate_rows=traffic.rotate_rows,
             telemetry=self._telemetry) if traffic.uri else None
-        self.gateway = Gateway(bundle, stages_of(bundle), options, telemetry=self._telemetry, traffic=self._traffic)
+        self._lanes = Lanes(options.gateway.waves)
+        self.gateway = Gateway(bundle, stages_of(bundle, self._lanes), options, telemetry=self._telemetry,
+                               traffic=self._traffic, lanes=self._lanes)
         self.gateway.active.checked = _check_here(bundle, whole=options.mode == "fused")
         self._loading = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
@@ -188,7 +188,7 @@ class GatewayReplica:
             version = await asyncio.to_thread(stated_version, uri)
             if version not in self.gateway.versions.held:
                 bundle = await asyncio.to_thread(self._load, uri)
-                model = ServedModel(bundle, self._stages_of(bundle), self._options)
+                model = ServedModel(bundle, self._stages_of(bundle, self._lanes), self._options, self._lanes)
                 model.checked = await asyncio.wait_for(
                     model.passes_selfcheck(deadline=time.monotonic() + CHECK_S), CHECK_S)
                 self.gateway.versions.add(model)

@@ -16,6 +16,7 @@ from raycascade.schema import FIRST_ROW, PADDING, DenseFeature, IdFeature
 from raycascade.serving.answers import ItemView, Scored
 from raycascade.serving.encoded import raw_column
 from raycascade.serving.joint_encoding import JointEncoder
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.requests import ids_as
 from raycascade.serving.stages import EncodedRequests, OneRequest, Stage, Survivors
@@ -24,13 +25,16 @@ from raycascade.serving.stages import EncodedRequests, OneRequest, Stage, Surviv
 class ServedModel:
     """One version. A request takes the version that is active when it arrives and keeps to it until its answer."""
 
-    def __init__(self, bundle: Bundle, stages: Mapping[str, Stage], options: ServeOptions | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, stages: Mapping[str, Stage], options: ServeOptions | None = None,
+        lanes: Lanes | None = None,
+    ) -> None:
         assert tuple(stages) == bundle.cascade.names, (tuple(stages), bundle.cascade.names)
         self.bundle = bundle
         self.stages = stages
         self.version = bundle.version
         options = options or ServeOptions()
-        self.encoder = JointEncoder(bundle, options.stage("default"),
+        self.encoder = JointEncoder(bundle, options.stage("default"), lanes=lanes,
                                     waves=options.gateway.waves if options.mode == "fused" else None)
         self.checked = False  # whether a self-check was passed
         self.num_running = 0  # requests that are on their way

@@ -7,7 +7,6 @@ gateway's replica (fused, a `LocalStage`). Either joins the requests of the same
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -22,6 +21,7 @@ from raycascade.errors import DeadlineExceeded, NotReady, Overloaded
 from raycascade.schema import PADDING
 from raycascade.serving.batching import Batcher
 from raycascade.serving.breaker import Breaker
+from raycascade.serving.lanes import Lanes
 from raycascade.serving.logs import request_metadata
 from raycascade.serving.options import StageOptions
 
@@ -135,15 +135,14 @@ class StageServer:
 
 
 class LocalStage:
-    """A stage in this process: batches run in a thread, so that the event loop stays free."""
+    """A stage in this process: batches run in a thread (of `lanes`, which stages share), so that the event loop stays
+    free."""
 
-    def __init__(self, server: StageServer, options: StageOptions | None = None) -> None:
+    def __init__(self, server: StageServer, options: StageOptions | None = None, lanes: Lanes | None = None) -> None:
         options = options or StageOptions()
-        self._server = server
-        in_flight = options.batch.in_flight or 1
-        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix=server.name)
-        self._batcher = Batcher(self._run_batch, options=options.batch, in_flight=in_flight,
-                                max_queued=options.max_queued, name=server.name)
+        self._server, self._lanes = server, lanes or Lanes()
+        self._batcher = Batcher(self._run_batch, options=options.batch, in_flight=1, max_queued=options.max_queued,
+                                name=server.name)
 
     async def run(self, request: OneRequest, before: Survivors | None, *, deadline: float) -> Survivors:
         """The stage's survivors."""
@@ -156,7 +155,7 @@ class LocalStage:
 
     async def _run_batch(self, calls: list[tuple[OneRequest, Survivors | None]], deadline: float) -> list[Survivors]:
         del deadline  # a computation that has begun is not interrupted
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, calls)
+        return await self._lanes.run(self._compute, calls)
 
     def _compute(self, calls: list[tuple[OneRequest, Survivors | None]]) -> list[Survivors]:
         group = together([request for request, _ in calls])
