@@ -9,7 +9,7 @@ from ray import serve
 
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.flows import serving
-from tests.serve.load import Load
+from tests.serve.load import Load, Replies
 from tests.served import checked_bundle, patient
 
 pytestmark = pytest.mark.ray
@@ -23,8 +23,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: None, bundle: Bundle) -> Iterator[str]:
-    """Two replicas of the pre-ranker, one of the others. A request has two seconds."""
-    options = patient(stages={"pre_ranker": {"replicas": 2}}, deadline_ms=2_000)
+    """Two replicas of the pre-ranker, one of the others. A request has so long that only a machine at its limit is
+    late."""
+    options = patient(stages={"pre_ranker": {"replicas": 2}}, deadline_ms=8_000)
     yield serving.start(bundle.uri, options, name=APP, route_prefix=f"/{APP}")
     serving.stop(APP)
 
@@ -39,33 +40,35 @@ def kill_one(stage: str) -> None:
     os.kill(processes(stage)[0], signal.SIGKILL)
 
 
+def assert_only(stage: str, replies: Replies) -> None:
+    """Nothing failed or was wrong, and answers lack no other stage than this one, but for want of time."""
+    assert (replies.failed, replies.wrong) == ([], [])
+    assert {reason for lacking, reason in replies.degraded if lacking != stage} <= {"deadline"}
+
+
 def test_one_of_two_replicas_dies_and_every_request_is_answered(url: str, bundle: Bundle):
     with Load(url, [bundle]) as load:
         load.more(20)
         kill_one("pre_ranker")
         load.more(40)
-    assert (load.replies.failed, load.replies.wrong) == ([], [])
-    assert {stage for stage, _ in load.replies.degraded} <= {"pre_ranker"}
+    assert_only("pre_ranker", load.replies)
 
 
 def test_the_only_replica_of_a_later_stage_dies_and_answers_say_that_they_lack_it(url: str, bundle: Bundle):
     with Load(url, [bundle]) as load:
         load.more(20)
         kill_one("ranker")
-        load.until(lambda replies: replies.degraded.total() > 0)
+        load.until(lambda replies: replies.degraded["ranker", "unavailable"] > 0)
         seen = load.replies.statuses.total() - load.replies.degraded.total()
         load.until(lambda replies: replies.statuses.total() - replies.degraded.total() > seen + 20)  # whole again
-    assert (load.replies.failed, load.replies.wrong) == ([], [])
-    assert {stage for stage, _ in load.replies.degraded} == {"ranker"}
-    assert {reason for _, reason in load.replies.degraded} <= {"unavailable", "deadline"}
+    assert_only("ranker", load.replies)
 
 
 def test_the_first_stage_dies_and_popular_items_stand_in(url: str, bundle: Bundle):
     with Load(url, [bundle]) as load:
         load.more(20)
         kill_one("retriever")
-        load.until(lambda replies: replies.degraded.total() > 0)
+        load.until(lambda replies: replies.degraded["retriever", "unavailable"] > 0)
         seen = load.replies.statuses.total() - load.replies.degraded.total()
         load.until(lambda replies: replies.statuses.total() - replies.degraded.total() > seen + 20)
-    assert (load.replies.failed, load.replies.wrong) == ([], [])
-    assert {stage for stage, _ in load.replies.degraded} == {"retriever"}
+    assert_only("retriever", load.replies)
