@@ -86,7 +86,7 @@ class Rechub(Peer):
             "dcn": lambda: models.DCN(every, layers, self.mlp),
             "dcn_v2": lambda: models.DCNv2(every, layers, self.mlp, use_low_rank_mixture=False),
             "edcn": lambda: models.EDCN(every, layers, dict(self.mlp)),
-            "afm": lambda: models.AFM(self.sparse, dim, t=self.sizes["attention"]),
+            "fm": lambda: models.AFM(self.sparse, dim, t=self.sizes["attention"]),  # softmax over one entry: a is 1
             "fibinet": lambda: models.FiBiNet(self.sparse, self.mlp, bilinear_type="field_each"),
             "autoint": lambda: models.AutoInt(self.sparse, self.dense, **attention),
             "autoint_plus": lambda: models.AutoInt(self.sparse, self.dense, **attention, mlp_params=self.mlp),
@@ -215,13 +215,13 @@ class Fuxi(Peer):
             self.module = blocks.LogisticRegression(feature_map)
             self.predict = lambda values: (torch.sigmoid(self.module(self._of_request(values)))[:, 0], 0.0)
             return
-        name = {'dcn_v2': 'DCNv2', 'din': 'DIN', 'dien': 'DIEN'}[self.model]
+        name = {'dcn_v2': 'DCNv2', 'din_fields': 'DIN', 'dien_alone': 'DIEN'}[self.model]
         zoo = importlib.import_module(f'model_zoo.LongCTR.{name}')
         own = {"dcn_v2": {"parallel_dnn_hidden_units": list(self.sizes["hidden"]),
                           "num_cross_layers": self.sizes["layers"]},
-               "din": {"dnn_hidden_units": list(self.sizes["hidden"]), "attention_hidden_units": [36],
-                       "dnn_activations": "Dice"},
-               "dien": {"dnn_hidden_units": list(self.sizes["hidden"])}}[self.model]
+               "din_fields": {"dnn_hidden_units": list(self.sizes["hidden"]), "attention_hidden_units": [36],
+                              "dnn_activations": "Dice"},
+               "dien_alone": {"dnn_hidden_units": list(self.sizes["hidden"])}}[self.model]
         maker = getattr(zoo, name)
         self.module = maker(feature_map, embedding_dim=self.sizes["dim"], batch_norm=True, **own, optimizer="adam",
                             loss="binary_crossentropy", metrics=["AUC"], verbose=0, task="binary_classification",

@@ -25,15 +25,23 @@ OURS: dict[str, dict[str, Any]] = {
     "fibinet": {"name": "fibinet", **MLP, "bilinear": "each"},
     "autoint": {"name": "autoint", **EMBEDDED, **LAYERS, "heads": SIZES["heads"],
                 "head_dim": SIZES["dim"] // SIZES["heads"]},
-    "autoint_plus": {"name": "autoint", **MLP, **LAYERS, "heads": SIZES["heads"],
+    "autoint_plus": {"name": "autoint", **MLP, **LAYERS, "heads": SIZES["heads"], "dense_std": None,
                      "head_dim": SIZES["dim"] // SIZES["heads"]},
     "din": {"name": "din", **DEEP_INTEREST},
     "dien": {"name": "dien", **MLP, "activation": "dice"},
+    "din_fields": {"name": "din", **DEEP_INTEREST, "dense": "field", "dense_std": 0.25},
+    "dien_alone": {"name": "dien", **MLP, "activation": "dice", "alpha": 0.0},
+    "fm": {"name": "deepfm", **EMBEDDED, "hidden": []},
     "bst": {"name": "bst", **MLP, "heads": SIZES["heads"]},
     "shared_bottom": {"name": "shared_bottom", **EXPERTS},
     "mmoe": {"name": "mmoe", **EXPERTS, "experts": SIZES["experts"]},
     "ple": {"name": "ple", **EXPERTS, "levels": 1, "own_experts": 2, "shared_experts": 1},
     "two_tower": {"name": "two_tower", **MLP, "vector_dim": SIZES["vector"]},
+    "mlp": {"name": "mlp", **MLP},
+    "dlrm": {"name": "dlrm", **MLP, "bottom_hidden": [32]},
+    "deepffm": {"name": "deepffm", **MLP, "dim": 4},
+    "fat_deepffm": {"name": "fat_deepffm", **MLP, "dim": 4},
+    "gbdt": {"name": "gbdt"},
 }
 
 
@@ -81,7 +89,7 @@ PAIRS = (
     Pair(RECHUB, "dcn", "all"),
     Pair(RECHUB, "dcn_v2", "all"),
     Pair(RECHUB, "edcn", "all"),
-    Pair(RECHUB, "afm", "ids", "takes no numbers"),
+    Pair(RECHUB, "fm", "ids", "takes no numbers; called AFM there, but its attention is the constant 1"),
     Pair(RECHUB, "fibinet", "ids", "takes no numbers"),
     Pair(RECHUB, "autoint", "all"),
     Pair(RECHUB, "autoint_plus", "all"),
@@ -108,6 +116,7 @@ PAIRS = (
     Pair(DEEPCTR, "ple", "all"),
     Pair(FUXI, "lr", "all"),
     Pair(FUXI, "dcn_v2", "all+history"),
-    Pair(FUXI, "din", "all+history"),
-    Pair(FUXI, "dien", "all+history", "no auxiliary loss"),
+    Pair(FUXI, "din_fields", "all+history", "numbers as vectors, on both sides"),
+    Pair(FUXI, "dien_alone", "all+history", "no auxiliary loss, on both sides"),
 )
+ALONE = ("mlp", "dlrm", "deepffm", "fat_deepffm", "gbdt")  # no peer has them; on the inputs "all"

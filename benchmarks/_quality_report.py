@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _quality_pairs import PAIRS, Pair
+from _quality_pairs import ALONE, PAIRS, Pair
 
 BAR = 0.001  # of AUC that ours may lie below a peer's
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -75,6 +75,25 @@ def table_of(compared: list[Compared]) -> str:
     return "\n".join(lines)
 
 
+def alone(runs: list[dict[str, Any]], data: str) -> list[list[dict[str, Any]]]:
+    """Our runs of each model that no peer has, in the order of seeds."""
+    found = [sorted((run for run in runs if (run["data"], run["side"], run["model"]) == (data, "ours", model)),
+                    key=lambda run: run["seed"]) for model in ALONE]
+    return [own for own in found if own]
+
+
+def table_alone(models: list[list[dict[str, Any]]]) -> str:
+    """Markdown of them."""
+    lines = ["| model no peer has | inputs | seeds | AUC | GAUC |", "|---|---|---|---|---|"]
+    for runs in models:
+        auc, gauc = ([run[figure] for run in runs] for figure in ("test_auc", "test_gauc"))
+        spread = f" ± {statistics.stdev(auc):.4f}".replace("0.", ".", 1) if len(auc) > 1 else ""
+        cells = [runs[0]["model"], runs[0]["inputs"], f"{len(runs)}", f"{statistics.fmean(auc):.4f}"[1:] + spread,
+                 f"{statistics.fmean(gauc):.4f}"[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def write_report(page: Path, runs: list[dict[str, Any]]) -> None:
     """Replaces the tables between the markers of a page, and writes the CSV of the same name."""
     found = compare(runs)
@@ -82,6 +101,7 @@ def write_report(page: Path, runs: list[dict[str, Any]]) -> None:
     for data in sorted({c.data for c in found}):
         own = [c for c in found if c.data == data]
         parts.append(f"### {data}\n\n{table_of(own)}\n\n{sum(c.met for c in own)} of {len(own)} within the bar.")
+        parts += [table_alone(others)] if (others := alone(runs, data)) else []
     text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     section = f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
     page.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: section, text, flags=re.DOTALL))
@@ -93,3 +113,6 @@ def write_report(page: Path, runs: list[dict[str, Any]]) -> None:
             for ours, peer in zip(c.ours, c.peers, strict=True):
                 figures = [f"{run[figure]:.6f}" for figure in FIGURES for run in (ours, peer)]
                 writer.writerow([c.data, c.pair.model, c.pair.peer, c.pair.inputs, ours["seed"], *figures])
+        for run in (run for data in sorted({c.data for c in found}) for own in alone(runs, data) for run in own):
+            figures = [text for figure in FIGURES for text in (f"{run[figure]:.6f}", "")]
+            writer.writerow([run["data"], run["model"], "", run["inputs"], run["seed"], *figures])

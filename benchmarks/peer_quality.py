@@ -24,14 +24,16 @@ import numpy as np
 import torch
 from _ctr_tables import ClickTable, describe, export, kuairand, movietweetings, publish_table
 from _peers import PeerProcess
-from _quality_pairs import INPUTS, OURS, PAIRS, SIZES, TASKS
+from _quality_pairs import ALONE, INPUTS, OURS, PAIRS, SIZES, TASKS
 from _quality_report import write_report
 
 from raycascade.batch import collate
+from raycascade.cascade import Cascade
 from raycascade.config import Config, parse_config
 from raycascade.metrics import BinaryMetrics
-from raycascade.shards import Shards
+from raycascade.shards import ShardReader, Shards
 from raycascade.training.checkpoint import Progress
+from raycascade.training.gbdt import fit_stages
 from raycascade.training.loop import Place, Run, Save, fit
 
 READERS = {"kuairand": kuairand, "movietweetings": movietweetings}
@@ -89,39 +91,49 @@ class Prepared:
         return self.table.schema.labels if model in TASKS else self.table.schema.labels[:1]
 
     def config(self, model: str, inputs: str, seed: int) -> Config:
-        """A cascade of one stage."""
+        """A cascade of one stage; trees come behind another one."""
         labels = self.labels(model)
-        stage: dict[str, Any] = {"name": "ranker", "keep": 1, "model": OURS[model],
+        of_trees = {"label": labels[0]} if model == "gbdt" else {}
+        stage: dict[str, Any] = {"name": "ranker", "keep": 1, "model": OURS[model] | of_trees,
                                  "exclude": INPUTS[inputs].excluded(describe(self.shards))}
         loss: dict[str, Any] = {"name": "bce", "label": labels[0]}
         if len(labels) > 1:
             stage |= {"tasks": labels, "fusion": {"sum": {labels[0]: 1.0}}, "loss": {"name": "bce"}}
+        first = [{"name": "first", "keep": 1, "model": {"name": "lr"}}] if model == "gbdt" else []
         return parse_config({
-            "paths": {"shards": str(self.folder / "shards")}, "dataset": {"name": "simulated"}, "stages": [stage],
+            "paths": {"shards": str(self.folder / "shards")}, "dataset": {"name": "simulated"},
+            "stages": [*first, stage],
             "loss": loss, "lists": {"k": 1},
             "train": {"batch_size": SIZES["batch"], "epochs": SIZES["epochs"], "early_stop": 1, "seed": seed,
-                      "lr": LR, "gpu": False, "checkpoint_steps": 1 << 30},
+                      "lr": LR, "table_momentum": 0.0, "gpu": False, "checkpoint_steps": 1 << 30},
         }, where="benchmark")
 
 
 # ---------------------------------------------------------------- one run
 def run_ours(prepared: Prepared, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Logits of the first label by split, and the validation loss of every epoch."""
-    run = Run.build(prepared.config(job.model, job.inputs, job.seed), prepared.shards, Place())
+    """Logits of the first label by split, and the validation loss of every epoch (trees: none)."""
+    config = prepared.config(job.model, job.inputs, job.seed)
+    if job.model == "gbdt":
+        cascade = Cascade(config, prepared.shards.state.space)
+        fit_stages(config, prepared.shards, cascade, threads=1)
+        return {split: our_logits(cascade, prepared, split) for split in ("valid", "test")}, []
+    run = Run.build(config, prepared.shards, Place())
 
     def report(progress: Progress, steps: int, save: Save | None) -> None:
         del progress, steps, save
 
     progress = fit(run, Progress(), report)
-    return {split: our_logits(run, split) for split in ("valid", "test")}, [v for _, v in progress.curves["valid_loss"]]
+    logits = {split: our_logits(run.cascade, prepared, split) for split in ("valid", "test")}
+    return logits, [loss for _, loss in progress.curves["valid_loss"]]
 
 
 @torch.no_grad()
-def our_logits(run: Run, split: str) -> np.ndarray:
-    run.cascade.eval()
-    batches = run.reader(split, shuffle=False).batches(0)
-    found = [run.cascade.models["ranker"](collate(rows, run.shards.items))[:, 0, 0] for rows in batches]
-    return torch.cat(found).double().numpy()
+def our_logits(cascade: Cascade, prepared: Prepared, split: str) -> np.ndarray:
+    """Of every row, in the table's order."""
+    cascade.eval()
+    model, shards = cascade.model("ranker"), prepared.shards
+    batches = ShardReader(shards, split, SIZES["batch"], shuffle=False).batches(0)
+    return torch.cat([model(collate(rows, shards.items))[:, 0, 0] for rows in batches]).double().numpy()
 
 
 def run_peer(
@@ -161,6 +173,9 @@ def jobs_of(options: Namespace) -> list[Job]:
         for pair in pairs:
             sides = {"ours": ["ours"], "peers": [pair.peer], "both": ["ours", pair.peer]}[options.side]
             jobs += [Job(options.data, side, pair.model, pair.inputs, seed) for side in sides]
+        if options.side != "peers" and not options.peers:
+            jobs += [Job(options.data, "ours", model, "all", seed) for model in ALONE
+                     if not options.models or model in options.models]
     return list(dict.fromkeys(jobs))
 
 

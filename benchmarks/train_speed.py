@@ -86,7 +86,7 @@ def config_of(root: str, model: str, options: Namespace) -> Config:
                     "model": model_options(model, dim=options.dim, hidden=options.hidden)}],
         "loss": {"name": "bce", "label": "click", "entry_levels": [0]},
         "train": {"batch_size": options.batch, "max_steps": steps, "epochs": 1000, "checkpoint_steps": 1 << 30,
-                  "gpu": False},
+                  "table_momentum": 0.0, "gpu": False},  # the setting for click tables, as in configs/ctr_table.yaml
     }, where="benchmark")
 
 

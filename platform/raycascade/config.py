@@ -172,6 +172,7 @@ class Train(Frozen):
     warmup_steps: int = Option(default=0, ge=0)
     final_lr: float = Option(default=1.0, gt=0, le=1)  # share of lr at the end, reached linearly
     embedding_lr: float | None = Option(default=None, gt=0)  # None: the same as lr
+    table_momentum: float = Option(default=0.9, ge=0, lt=1)  # 0: rows take their whole step when they are seen
     weight_decay: float = Option(default=0.0, ge=0)
     clip: float | None = Option(default=10.0, gt=0)  # gradient norm of each stage
     seed: int = 7

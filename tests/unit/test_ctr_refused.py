@@ -188,17 +188,21 @@ def test_the_demand_found_with_a_few_rows_is_that_of_the_whole_tables(model: str
     assert sum(found.values()) == 4 * sum(p.numel() for p in Cascade(config, space).parameters())
 
 
-def test_a_vocabulary_larger_than_memory_is_refused_with_its_numbers_and_what_helps():
-    """200 million rows of a vector of 16 and a first-order weight: 17 x 4 bytes each, and a moment more."""
+@pytest.mark.parametrize(("momentum", "needed", "free"), [(0.0, "27.2", 27), (0.9, "40.8", 40)])
+def test_a_vocabulary_larger_than_memory_is_refused_with_its_numbers_and_what_helps(
+    momentum: float, needed: str, free: int
+):
+    """200 million rows of a vector of 16 and a first-order weight: 17 x 4 bytes each, and a moment or two."""
     config, space = config_of({"name": "deepfm", "dim": 16}), resized(SPACE, {"user_id": 200_000_000})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"table_momentum": momentum})})
     with pytest.raises(ConfigError) as error:
-        refuse_tables_beyond_memory(config, space, free=27_000_000_000)
+        refuse_tables_beyond_memory(config, space, free=free * 10**9)
     text = one_line(error)
     assert "stage 'ranker': its embedding table of 'user_id' has 200,000,000 rows and takes 13.6 GB" in text
-    assert "training takes 27.2 GB, but 27.0 GB of memory are free" in text
+    assert f"training takes {needed} GB, but {free}.0 GB of memory are free" in text
     for way_out in ("buckets", "max_values", "min_count", "dim", "exclude"):
         assert way_out in text
-    refuse_tables_beyond_memory(config, space, free=28_000_000_000)
+    refuse_tables_beyond_memory(config, space, free=(free + 1) * 10**9)
     refuse_tables_beyond_memory(config, space, free=None)
 
 

@@ -284,7 +284,8 @@ class _WithState:
     _Calls(os.getcwd), _Calls(eval, "1"), _Calls(getattr, 1, "real"), _WithState(), os.getcwd, {1, 2},
     _Calls(bytes, 99), _Calls(int, "5"), np.array(["text"]), np.array([None]), np.zeros(2, [("a", int)]),
     np.ma.ones(2), 1j, str, range(3),
-], ids=str)
+], ids=["getcwd called", "eval", "getattr", "with a state", "getcwd", "set", "bytes of a number", "int of a text",
+         "array of texts", "array of objects", "records", "masked", "complex", "type", "range"])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_nothing_but_plain_values_is_read(tmp_path: Path, value: Any, protocol: int):
     uri = _write(tmp_path / "x.pkl", {1: value}, protocol)

@@ -1,4 +1,4 @@
-"""RowAdam against PyTorch's SparseAdam, and against Adam where every row is in every batch, both without momentum."""
+"""RowAdam against SparseAdam, and against Adam where every row is in every batch; with momentum and without."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,19 +34,34 @@ def trained(
     return table.detach()
 
 
+both_momenta = pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)])
+
+
+@both_momenta
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("chunk", [2, 1000])
-def test_every_step_equals_sparse_adam(width: int, chunk: int, monkeypatch: pytest.MonkeyPatch):
+def test_every_step_equals_sparse_adam(
+    width: int, chunk: int, betas: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(row_adam, "CHUNK_ROWS", chunk)
     found = gradients(20, width, steps=7)
-    expected = trained(torch.optim.SparseAdam, found, betas=(0.0, 0.999))
-    torch.testing.assert_close(trained(RowAdam, found), expected, rtol=1e-9, atol=1e-12)
+    expected = trained(torch.optim.SparseAdam, found, betas=betas)
+    torch.testing.assert_close(trained(RowAdam, found, betas=betas), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_with_every_row_in_every_batch_it_is_adam():
+@both_momenta
+def test_with_every_row_in_every_batch_it_is_adam(betas: tuple[float, float]):
     found = gradients(20, 3, steps=7, every_row=True)
-    expected = trained(torch.optim.Adam, found, dense=True, betas=(0.0, 0.999))
-    torch.testing.assert_close(trained(RowAdam, found), expected, rtol=1e-6, atol=1e-6)
+    expected = trained(torch.optim.Adam, found, dense=True, betas=betas)
+    torch.testing.assert_close(trained(RowAdam, found, betas=betas), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_momentum_there_is_no_first_moment():
+    table = nn.Parameter(torch.zeros(6, 2, dtype=torch.float64))
+    (table.grad,) = gradients(6, 2, steps=1)
+    optimiser = RowAdam([table], lr=0.1, betas=(0.0, 0.999))
+    optimiser.step()
+    assert set(optimiser.state[table]) == {"step", "exp_avg_sq"}
 
 
 def test_rows_outside_the_batch_stay_bit_for_bit():
@@ -60,7 +75,8 @@ def test_rows_outside_the_batch_stay_bit_for_bit():
     kept = [0, 2, 3, 5]
     assert torch.equal(table[kept], before[kept])
     assert (table[[1, 4]] < before[[1, 4]]).all()
-    assert not optimiser.state[table]["exp_avg_sq"][kept].any()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not optimiser.state[table][moment][kept].any()
 
 
 def test_a_state_that_is_loaded_goes_on_as_if_nothing_had_happened():

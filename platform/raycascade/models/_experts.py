@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raycascade.batch import Batch
 from raycascade.models._inputs import InputOptions
-from raycascade.models._layers import MLP, ActivationName, HiddenUnits, SplitLinear, initialise
+from raycascade.models._layers import MLP, RECTIFIERS, ActivationName, HiddenUnits, SplitLinear, initialise
 from raycascade.models._model import TorchModel
 from raycascade.models._trunks import FieldTrunk, TowerTrunk, refuse_unfit_tower
 from raycascade.schema import FeatureSpace
@@ -47,7 +47,8 @@ class Experts(nn.Module):
         super().__init__()
         self.num, hidden = num, options.hidden
         biased = options.norm == "none"  # the norm's own bias makes the map's redundant
-        self.first = SplitLinear(request_width, candidate_width, num * hidden[0], bias=biased)
+        self.first = SplitLinear(request_width, candidate_width, num * hidden[0], bias=biased,
+                                 wide=options.activation in RECTIFIERS)
         self.units = nn.ModuleList(
             HiddenUnits(num * width, activation=options.activation, norm=options.norm, dropout=options.dropout)
             for width in hidden)
@@ -56,7 +57,7 @@ class Experts(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for shape in shapes if biased)
         for weight in self.weights:
             for expert in weight.detach():  # in place: views of the parameter
-                initialise(expert)
+                initialise(expert, wide=options.activation in RECTIFIERS)
 
     def of_request(self, x_QD: Tensor) -> Tensor:
         """The request's share of the first layers."""

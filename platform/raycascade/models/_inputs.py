@@ -35,13 +35,15 @@ class FieldInputs(nn.Module):
     """Vectors of the fields of a space, and their usual groupings.
 
     id: E[row]; ids: the mean (or sum, `Field.pool`) of E over the values there are, else zero; vector: W x + b; dense:
-    x itself (width 1) or x v + c. Embeddings have width `dim` and start from N(0, embedding_std). ConfigError without a
-    candidate field.
+    x itself (width 1) or x v + c. Embeddings have width `dim` and start from N(0, embedding_std), v from
+    N(0, dense_std) where it is given. ConfigError without a candidate field.
     """
 
     _anchor: Tensor
 
-    def __init__(self, options: InputOptions, space: FeatureSpace, *, model: str) -> None:
+    def __init__(
+        self, options: InputOptions, space: FeatureSpace, *, model: str, dense_std: float | None = None
+    ) -> None:
         super().__init__()
         self.dim, self.dense = options.dim, options.dense
         self.request_fields = space.of("request")
@@ -54,11 +56,12 @@ class FieldInputs(nn.Module):
         looked_up = any(f.table for f in space.fields)
         self.tables = JoinedTables(space.fields, options.dim, std=options.embedding_std) if looked_up else None
         self.projections = nn.ModuleDict(
-            {_key(f.name): linear(f.width, options.dim) for f in space.fields if f.form == "vector"})
+            {_key(f.name): linear(f.width, options.dim, wide=True) for f in space.fields if f.form == "vector"})
         names = [f.name for f in space.fields if f.form == "dense"] if options.dense == "field" else []
         self._dense_row = {name: row for row, name in enumerate(names)}
         shape = (2, len(names), options.dim)  # slopes v, offsets c
-        self.dense_vectors = nn.Parameter(torch.randn(shape) * options.embedding_std) if names else None
+        stds = torch.tensor([dense_std or options.embedding_std, options.embedding_std])
+        self.dense_vectors = nn.Parameter(torch.randn(shape) * stds[:, None, None]) if names else None
         self.register_buffer("_anchor", torch.zeros(0), persistent=False)  # follows the module's device and dtype
 
     # ---- any fields

@@ -14,6 +14,7 @@ from raycascade.errors import ConfigError
 
 ActivationName = Literal["relu", "leaky_relu", "prelu", "gelu", "silu", "sigmoid", "tanh", "dice"]
 NormName = Literal["none", "layer", "batch"]
+RECTIFIERS = ("relu", "leaky_relu", "prelu", "gelu", "silu", "dice")
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
@@ -29,22 +30,22 @@ def masked_mean(values_QLD: Tensor, mask_QL: Tensor) -> Tensor:
     return (weights_QL[:, None] @ values_QLD).flatten(1)
 
 
-def linear(width: int, out: int, *, bias: bool = True) -> nn.Linear:
+def linear(width: int, out: int, *, bias: bool = True, wide: bool = False) -> nn.Linear:
     """A linear map as `initialise` draws it; bias 0."""
     layer = nn.Linear(width, out, bias=bias)
-    initialise(layer.weight)
+    initialise(layer.weight, wide=wide)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
 
 
-def initialise(weight: Tensor) -> None:
-    """Redraws a matrix [out, in] in place, uniform within 1 / sqrt(in) as in `nn.Linear`.
+def initialise(weight: Tensor, *, wide: bool = False) -> None:
+    """Redraws a matrix [out, in] in place: `wide` uniform within sqrt(6 / in), which keeps the variance through
+    rectifiers (He et al. 2015, equation 10), else within 1 / sqrt(in) as in `nn.Linear`.
 
-    Gains that keep the variance through ReLU start 2.4 times as wide: on click logs, where an epoch is a few hundred
-    steps, they cost .002 of AUC (docs/results/zoo-quality.md).
+    Hidden layers and vectors start wide, last layers do not: no step is spent on unlearning random logits (decision 7).
     """
-    nn.init.kaiming_uniform_(weight, a=5**0.5)
+    nn.init.kaiming_uniform_(weight, a=0.0 if wide else 5**0.5)
 
 
 class RunningMoments(nn.Module):
@@ -154,11 +155,12 @@ class HiddenUnits(nn.Module):
 
 class UpperLayers(nn.Module):
     """An MLP without its first linear map: units of `hidden`, each followed by a linear map, `out` at the end. With
-    `out` 0 there is no last map: the last units are the result."""
+    `out` 0 there is no last map: the last units are the result. `vector`: the result is no logits but a vector, whose
+    length a cosine takes away: steps turn a short one faster than a long one, so it starts as wide as the layers."""
 
     def __init__(
         self, hidden: tuple[int, ...], out: int, *, activation: ActivationName = "relu", norm: NormName = "none",
-        dropout: float = 0.0, out_bias: bool = True,
+        dropout: float = 0.0, out_bias: bool = True, vector: bool = False,
     ) -> None:
         super().__init__()
         self.units = nn.ModuleList(
@@ -166,7 +168,8 @@ class UpperLayers(nn.Module):
         pairs = list(pairwise((*hidden, out) if out else hidden))
         last = len(hidden) - 1
         self.linears = nn.ModuleList(
-            linear(a, b, bias=out_bias if n == last else norm != "batch") for n, (a, b) in enumerate(pairs))
+            linear(a, b, bias=out_bias if n == last else norm != "batch",
+                   wide=vector or (n != last and activation in RECTIFIERS)) for n, (a, b) in enumerate(pairs))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Result of the first linear map [..., H] -> [..., out]."""
@@ -192,7 +195,8 @@ class SplitLinear(nn.Module):
     """
 
     def __init__(
-        self, request_width: int, candidate_width: int, out: int, *, bias: bool = True
+        self, request_width: int, candidate_width: int, out: int, *, bias: bool = True,
+        wide: bool = False,
     ) -> None:
         super().__init__()
         self.out = out
@@ -200,7 +204,7 @@ class SplitLinear(nn.Module):
         self.candidate = nn.Linear(candidate_width, out, bias=False) if candidate_width else None
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
         whole = torch.empty(out, request_width + candidate_width)
-        initialise(whole)
+        initialise(whole, wide=wide)
         with torch.no_grad():
             if self.request is not None:
                 self.request.weight.copy_(whole[:, :request_width])
@@ -231,12 +235,14 @@ class MLP(nn.Module):
 
     def __init__(
         self, width: int, hidden: tuple[int, ...], out: int, *, activation: ActivationName = "relu",
-        norm: NormName = "none", dropout: float = 0.0, out_bias: bool = True,
+        norm: NormName = "none", dropout: float = 0.0, out_bias: bool = True, vector: bool = False,
     ) -> None:
         super().__init__()
         bias = norm != "batch" if hidden else out_bias  # the norm's own bias makes the map's redundant
-        self.first = linear(width, first_width(hidden, out), bias=bias)
-        self.upper = UpperLayers(hidden, out, activation=activation, norm=norm, dropout=dropout, out_bias=out_bias)
+        self.first = linear(width, first_width(hidden, out), bias=bias,
+                            wide=vector or (bool(hidden) and activation in RECTIFIERS))
+        self.upper = UpperLayers(hidden, out, activation=activation, norm=norm, dropout=dropout, out_bias=out_bias,
+                                 vector=vector)
 
     def silence(self) -> None:
         """Zeroes the last linear map; its bias stays."""
@@ -255,8 +261,9 @@ class SplitMLP(nn.Module):
         activation: ActivationName = "relu", norm: NormName = "none", dropout: float = 0.0, out_bias: bool = True,
     ) -> None:
         super().__init__()
-        self.first = SplitLinear(request_width, candidate_width, first_width(hidden, out),
-                                 bias=norm != "batch" if hidden else out_bias)
+        self.first = SplitLinear(
+            request_width, candidate_width, first_width(hidden, out), bias=norm != "batch" if hidden else out_bias,
+            wide=bool(hidden) and activation in RECTIFIERS)
         self.upper = UpperLayers(hidden, out, activation=activation, norm=norm, dropout=dropout, out_bias=out_bias)
 
     def silence(self) -> None:

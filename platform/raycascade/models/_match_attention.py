@@ -73,7 +73,7 @@ class HardMatching(nn.Module):
         self.matches, self.clip = matches, clip
         num_pairs = sum(len(match.selections) for match in matches)
         self.vectors = nn.Parameter(torch.randn(num_pairs * (clip + 1), match_dim) * std)
-        self.mlp = MLP(num_pairs * match_dim, HIDDEN, width)
+        self.mlp = MLP(num_pairs * match_dim, HIDDEN, width, vector=True)
 
     def of_request(self, batch: Batch) -> tuple[EventIds, ...]:
         """The events of each match."""

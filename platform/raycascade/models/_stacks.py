@@ -35,8 +35,10 @@ class FieldStacks(FieldInputs):
     ConfigError where there are fewer than `least` fields, or none of the candidate.
     """
 
-    def __init__(self, options: InputOptions, space: FeatureSpace, *, model: str, least: int = 1) -> None:
-        super().__init__(options, space, model=model)
+    def __init__(
+        self, options: InputOptions, space: FeatureSpace, *, model: str, least: int = 1, dense_std: float | None = None
+    ) -> None:
+        super().__init__(options, space, model=model, dense_std=dense_std)
         self.num_request, self.num_candidate = count_fields(space)
         if self.num_fields < least:
             raise ConfigError(f"{model}: it multiplies pairs of fields and the stage sees {self.num_fields} field "

@@ -59,10 +59,12 @@ class AutoInt(RepresentingModel):
     makes it AutoInt+. There is no first-order term."""
 
     class Config(StackOptions):
-        """AutoInt+ has an MLP beside: `hidden`."""
+        """AutoInt+ has an MLP beside: `hidden`. `dense_std`: deviation of numbers' initial slopes; None: embedding_std,
+        which an epoch of a small log hardly moves, and numbers have no way around the attention."""
 
         presets = {"paper": {"dim": 16, "num_layers": 3, "heads": 2, "head_dim": 16}}
 
+        dense_std: float | None = Option(default=0.25, gt=0)
         num_layers: int = Option(default=2, ge=1)
         heads: int = Option(default=2, ge=1)
         head_dim: int = Option(default=8, ge=1)
@@ -73,7 +75,7 @@ class AutoInt(RepresentingModel):
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
-        self.inputs = FieldStacks(config, space, model="autoint")
+        self.inputs = FieldStacks(config, space, model="autoint", dense_std=config.dense_std)
         wide = config.heads * config.head_dim
         self.attention = nn.ModuleList(
             FieldAttention(config.dim if n == 0 else wide, config.heads, config.head_dim)

@@ -99,6 +99,7 @@ class Din(RepresentingModel):
         presets = {"paper": {
             "dim": 64, "hidden": (200, 80), "attention_hidden": (80, 40), "attention_activation": "sigmoid"}}
 
+        dense_std: float | None = Option(default=None, gt=0)  # of the slopes, with dense: field
         hidden: tuple[int, ...] = (64, 32)
         activation: ActivationName = "dice"
         norm: NormName = "none"
@@ -111,7 +112,7 @@ class Din(RepresentingModel):
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
-        self.inputs = FieldInputs(config, space, model="din")
+        self.inputs = FieldInputs(config, space, model="din", dense_std=config.dense_std)
         if not self.inputs.history_fields:
             raise ConfigError("din: the stage sees no history of items; declare one or use mlp")
         width = self.inputs.history_width

@@ -59,11 +59,13 @@ class Edcn(RepresentingModel):
 
     class Config(InputOptions):
         """`gate_scale: fields` multiplies the gates by the number of fields m, so that equal gates change nothing; with
-        `none`, the authors' form, each level shrinks its input m times and a wide schema is hardly learned."""
+        `none`, the authors' form, each level shrinks its input m times and a wide schema is hardly learned.
+        `dense_std`: deviation of numbers' initial slopes, as wide as a linear map's; None: embedding_std."""
 
         presets = {"code": {"num_layers": 3}}
 
         dense: Literal["field"] = "field"  # pyright: ignore[reportIncompatibleVariableOverride]
+        dense_std: float | None = Option(default=0.5, gt=0)
         num_layers: int = Option(default=2, ge=1)
         temperature: float = Option(default=1.0, gt=0)
         bridge: BridgeName = "hadamard"
@@ -71,7 +73,7 @@ class Edcn(RepresentingModel):
 
     def __init__(self, config: Config, space: FeatureSpace, *, num_tasks: int = 1) -> None:
         super().__init__()
-        self.inputs = FieldInputs(config, space, model="edcn")
+        self.inputs = FieldInputs(config, space, model="edcn", dense_std=config.dense_std)
         widths = self.inputs.request_width(history=True), self.inputs.candidate_width
         width, self.num_layers = sum(widths), config.num_layers
         num_fields = width // config.dim

@@ -13,7 +13,7 @@ from raycascade.batch import Batch
 from raycascade.errors import ConfigError, DataError
 from raycascade.models._encoded_items import ItemEncodingModel
 from raycascade.models._in_batch import hidden_among_positives, in_batch_softmax
-from raycascade.models._layers import ActivationName, HiddenUnits, NormName, initialise, linear
+from raycascade.models._layers import RECTIFIERS, ActivationName, HiddenUnits, NormName, initialise, linear
 from raycascade.models._stacks import FieldStacks, StackOptions
 from raycascade.schema import FeatureSpace, near_miss
 
@@ -47,7 +47,7 @@ class Layers(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width, *hidden]
-        self.linears = nn.ModuleList(linear(a, b, bias=norm != "batch")
+        self.linears = nn.ModuleList(linear(a, b, bias=norm != "batch", wide=activation in RECTIFIERS)
                                      for a, b in pairwise(widths))
         self.units = nn.ModuleList(HiddenUnits(b, activation=activation, norm=norm, dropout=dropout) for b in hidden)
 

@@ -80,7 +80,8 @@ class TwoTower(TorchModel):
 
     def _tower(self, width: int, hidden: tuple[int, ...], out: int) -> MLP:
         config = self.config
-        return MLP(width, hidden, out, activation=config.activation, norm=config.norm, dropout=config.dropout)
+        return MLP(width, hidden, out, activation=config.activation, norm=config.norm, dropout=config.dropout,
+                   vector=True)
 
     def first_order(self) -> tuple[nn.Module, ...]:
         """The items' biases."""

@@ -42,7 +42,7 @@ class Optimisers:
         groups += [{"params": extra, "stage": "", "weight_decay": 0.0}] if extra else []
         self._all: list[torch.optim.Optimizer] = []
         if tables:
-            self._all.append(RowAdam(tables, lr=train.lr))
+            self._all.append(RowAdam(tables, lr=train.lr, betas=(train.table_momentum, 0.999)))
         if groups:
             self._all.append(torch.optim.AdamW(groups, lr=train.lr))
         self._rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in self._all]

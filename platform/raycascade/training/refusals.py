@@ -15,7 +15,7 @@ from raycascade.semantic_ids.columns import declared_features
 from raycascade.shards import Shards
 from raycascade.training.objective import Objective
 
-TABLE_COPIES, DENSE_COPIES = 2, 3  # a parameter and its moments: one of a table, two of any other
+MOMENTS = 2  # of a parameter; of a table without momentum one
 LARGE_ROWS, FEW_ROWS = 20_000, 8
 CGROUP = "/sys/fs/cgroup"
 
@@ -126,7 +126,8 @@ def refuse_tables_beyond_memory(config: Config, space: FeatureSpace, *, free: in
     if free is None or all(field.num_rows <= LARGE_ROWS for field in space.fields):
         return
     found = demand(config, space)
-    needed = sum(count * (TABLE_COPIES if table else DENSE_COPIES)
+    of_tables = MOMENTS if config.train.table_momentum else MOMENTS - 1
+    needed = sum(count * (1 + (of_tables if table else MOMENTS))
                  for parts in found.values() for table, count in parts.items())
     if needed <= free:
         return

@@ -11,17 +11,19 @@ CHUNK_ROWS = 4096  # rows gathered at a time: what is gathered stays in the cach
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Lazy Adam without a first moment, over sparse gradients: `torch.optim.SparseAdam` with betas (0, beta), step for
-    step, at a fraction of its time and two thirds of its memory.
+    """Lazy Adam over sparse gradients: `torch.optim.SparseAdam`, step for step, at a fraction of its time.
 
     Rows of the gradient move as in Adam (Kingma and Ba 2015, algorithm 1), with epsilon added before the correction of
-    the second moment; every other row keeps its weights and its moment. The correction counts the table's steps. A
-    first moment would only move on while a row is seen: Adam over whole tables goes on moving it, a lazy one stops
-    short (decision 7). Gradients must be coalesced.
+    the second moment; every other row keeps its weights and its moments. The corrections count the table's steps.
+    Gradients must be coalesced. With a first decay rate of 0 there is no first moment, and a table takes two thirds of
+    the memory: a row then takes its whole step when it is seen, whereas a lazy first moment stops a row short that is
+    not seen again soon (decision 7).
     """
 
-    def __init__(self, params: Iterable[Any], *, lr: float, beta: float = 0.999, eps: float = 1e-8) -> None:
-        super().__init__(params, {"lr": lr, "beta": beta, "eps": eps})
+    def __init__(
+        self, params: Iterable[Any], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -33,19 +35,21 @@ class RowAdam(torch.optim.Optimizer):
                     self._update(table_NK, group)
 
     def _update(self, table_NK: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = table_NK.grad, self.state[table_NK]
+        gradient, state, (first, second) = table_NK.grad, self.state[table_NK], group["betas"]
         assert gradient is not None
         if not state:
             state |= {"step": 0, "exp_avg_sq": torch.zeros_like(table_NK)}
+            state |= {"exp_avg": torch.zeros_like(table_NK)} if first else {}
         state["step"] += 1
-        correction = (1 - group["beta"] ** state["step"]) ** 0.5
-        whole = [_flat(table_NK), _flat(state["exp_avg_sq"])]
+        correction = (1 - second ** state["step"]) ** 0.5
+        whole = [_flat(table_NK), _flat(state["exp_avg_sq"])] + ([_flat(state["exp_avg"])] if first else [])
         rows_R, values_RK = gradient.indices()[0], _flat(gradient.values())
         for rows, values in zip(rows_R.split(CHUNK_ROWS), values_RK.split(CHUNK_ROWS), strict=True):
-            weights, moments = parts = [x.index_select(0, rows) for x in whole]
+            weights, squares, *means = parts = [x.index_select(0, rows) for x in whole]
             steps = torch.full((), state["step"] - 1, dtype=torch.float32, device=rows.device)  # adam adds 1
-            adam([weights], [values], [values], [moments], [], [steps], fused=True, amsgrad=False, beta1=0.0,
-                 beta2=group["beta"], lr=group["lr"], weight_decay=0.0, eps=group["eps"] / correction, maximize=False)
+            adam([weights], [values], means or [values], [squares], [], [steps], fused=True, amsgrad=False,
+                 beta1=first, beta2=second, lr=group["lr"], weight_decay=0.0, eps=group["eps"] / correction,
+                 maximize=False)
             for x, part in zip(whole, parts, strict=True):
                 x.index_copy_(0, rows, part)
 
