@@ -10,9 +10,9 @@
 seed, every arm once a seed with the same rows, negatives, batches, epochs and rates. A run is one arm with one seed;
 its figures are one line of `runs.jsonl` below `--out`, and what is there is not repeated, nor trained again.
 
-`--speed`: a closed loop of one caller through the class that serves a stage (`StageServer.run`: requests as bytes,
-features, encoded items, scores, the best 100, answer), in this process, on one thread; arms change turns. Beside it the
-model alone on tensors in memory. With `--device cuda` only the model alone, there.
+`--speed`: a closed loop of one caller through the class that serves a stage (`StageServer`: requests as bytes, as
+tensors, features, encoded items, scores, the best 100, answer), in this process, on one thread; arms change turns.
+Beside it the model alone on tensors in memory. With `--device cuda` only the model alone, there.
 """
 
 import json
@@ -38,7 +38,7 @@ from raycascade.config import Config, parse_config
 from raycascade.evaluation import Evaluator
 from raycascade.models._encoded_items import ItemEncodingModel
 from raycascade.schema import PADDING
-from raycascade.serving.stages import StageServer, Survivors, pack
+from raycascade.serving.stages import StageServer, Survivors, pack, unpack
 from raycascade.shards import Shards
 from raycascade.training.checkpoint import Progress
 from raycascade.training.loop import Place, Run, Save, fit
@@ -198,7 +198,7 @@ class Clocked:
 def clocked(bundle: Bundle, arm: str, requests: list[pa.Table], device: str) -> Clocked:
     server = StageServer(bundle, "pre_ranker")
     packed = [pack(rows) for rows in requests]
-    retrieved = [StageServer(bundle, "retriever").run(rows, None) for rows in packed]
+    retrieved = [StageServer(bundle, "retriever").run(bundle.batch(rows), None) for rows in requests]
     before = [Survivors(found.rows_QK[:, :KEEPS[0]], found.scores_QK[:, :KEEPS[0]]) for found in retrieved]
     model, cache = bundle.cascade.models["pre_ranker"].to(device), bundle.cascade.item_caches.get("pre_ranker")
     prepared = []
@@ -207,6 +207,9 @@ def clocked(bundle: Bundle, arm: str, requests: list[pa.Table], device: str) -> 
         batch = bundle.batch(rows).with_candidates(rows_QC, rows_QC != PADDING, bundle.items)
         encoded = cache.gather(rows_QC, rows_QC != PADDING, like=next(model.parameters()))[0] if cache else None
         prepared.append((batch.to(device), encoded))
+
+    def stage(number: int) -> object:
+        return server.run(bundle.batch(unpack(packed[number])), before[number])
 
     def kernel(number: int) -> object:
         batch, encoded = prepared[number]
@@ -219,7 +222,7 @@ def clocked(bundle: Bundle, arm: str, requests: list[pa.Table], device: str) -> 
             torch.cuda.synchronize()
         return found
 
-    return Clocked(arm, lambda number: server.run(packed[number], before[number]), kernel, cache is not None)
+    return Clocked(arm, stage, kernel, cache is not None)
 
 
 @torch.inference_mode()

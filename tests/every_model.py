@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from tests import conftest, three_stages as three
+from tests.served import patient
 
 assert conftest.ROOT  # its import has set the environment of Ray
 

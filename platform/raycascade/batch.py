@@ -16,7 +16,7 @@ from raycascade.errors import DataError
 from raycascade.features import FeatureState, clock_rows
 from raycascade.items import ItemTable, age_rows
 from raycascade.keys import fold
-from raycascade.past import TIMES, without_later_events
+from raycascade.past import TIMES, known_ms, without_later_events
 from raycascade.ragged import Ragged
 from raycascade.schema import (
     FIRST_ROW,
@@ -223,7 +223,8 @@ def _history_side(
     fields = items.fields(rows, 0, names=items.with_keys(state.space.history_fields))
     at_ms, known = np.zeros_like(rows), mask & False
     if timed := TIMES in requests.column_names:
-        at_ms, known = _lists(requests, TIMES).pad(width, np.int64, newest=True)
+        times = _lists(requests, TIMES)
+        at_ms, known = times.with_values(np.maximum(known_ms(times.values), 0)).pad(width, np.int64, newest=True)
     for event in state.schema.side("event"):
         if isinstance(event, AgeFeature):
             buckets = age_rows(time_ms[:, None] - at_ms, known & (at_ms > 0))

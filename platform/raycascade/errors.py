@@ -64,7 +64,7 @@ class ServingError(RaycascadeError):
 
 
 class Overloaded(ServingError):
-    """More requests than the bounded queues hold; `retry_after_s` says when to come again (whole seconds, 1 or more)."""
+    """More requests than the bounded queues hold; `retry_after_s` (whole, at least 1) says when to come again."""
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)

@@ -18,6 +18,7 @@ from raycascade.flows.prepare import prepare
 from raycascade.flows.score import score
 from raycascade.flows.serving import application
 from raycascade.flows.train import train
+from raycascade.serving.options import ServeOptions
 from raycascade.shards import Shards
 from tests.ctr_table import brute_auc, brute_gauc, ctr_config, requests_of, write_log
 
@@ -113,7 +114,7 @@ def test_two_tasks_have_figures_of_their_own_that_equal_brute_force(log: tuple[P
 
 def test_what_needs_a_catalogue_search_is_refused_in_one_line(uri: str, tmp_path: Path, log: tuple[Path, pa.Table]):
     with pytest.raises(ConfigError, match="stage 'ranker' cannot search a catalogue"):
-        application(uri, mode="fused")
+        application(uri, ServeOptions(mode="fused"))
     with pytest.raises(ConfigError, match="stage 'ranker' cannot search a catalogue"):
         index(uri)
     bare = requests_of(log[1].slice(0, 4))

@@ -12,7 +12,7 @@ from raycascade.errors import ExpectationError
 from raycascade.flows.evaluate import evaluate
 from raycascade.flows.train import train
 from raycascade.linears import Int8Linear
-from raycascade.serving.stages import StageServer, pack
+from raycascade.serving.stages import StageServer
 from tests.tiny_shards import STAGES, train_config, write_shards
 from tests.tiny_world import encoded_users
 
@@ -55,7 +55,7 @@ def test_batch_scoring_and_serving_use_the_same_variant_of_float32_weights(uri: 
     final = bundle.recommend(users).final
     survivors = None
     for name in bundle.cascade.names:
-        survivors = StageServer(uri, name).run(pack(users), survivors)
+        survivors = StageServer(uri, name).run(bundle.batch(users), survivors)
     assert survivors is not None
     assert (survivors.rows_QK == final.kept()[0]).all()
     assert (survivors.scores_QK == final.scores_QC[:, :5]).all()

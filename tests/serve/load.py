@@ -19,8 +19,10 @@ WAIT_S = 120.0
 
 @dataclass
 class Replies:
-    """Counted by status, and by version and degradation; `wrong` are answers that no version would give."""
+    """Counted by status, and by version and degradation; `wrong` are answers that no version would give, `unheard`
+    whole answers without what the user store holds."""
 
+    unheard: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
     degraded: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -35,7 +37,8 @@ class Load(AbstractContextManager["Load"]):
     def __init__(self, url: str, bundles: list[Bundle], *, clients: int = 2) -> None:
         self.replies = Replies()
         self._url = f"{url}/v1/recommend"
-        self._expected = {bundle.version: {user: _answer(bundle, user) for user in USERS} for bundle in bundles}
+        self._expected = {bundle.version: {(user, heard): _answer(bundle, user, heard=heard) for user in USERS
+                                           for heard in (True, False)} for bundle in bundles}
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(clients)]
 
@@ -87,13 +90,20 @@ class Load(AbstractContextManager["Load"]):
         answer = reply.json()
         self.replies.versions[answer["version"]] += 1
         items = [item["item_id"] for item in answer["items"]]
+        heard = answer["user_source"] != "unavailable"
         if answer["degraded"]:
             self.replies.degraded[answer["degraded_at"], answer["reason"]] += 1
-        elif items != self._expected[answer["version"]][user]:
+            return
+        self.replies.unheard += not heard
+        if items != self._expected[answer["version"]][user, heard]:
             self.replies.wrong.append((user, answer))
 
 
-def _answer(bundle: Bundle, user: int) -> list[object]:
-    final = bundle.recommend(bundle.encode(pa.table({"user_id": [user]}))).final
+def _answer(bundle: Bundle, user: int, *, heard: bool) -> list[object]:
+    """Of a user without events; where the user store is not `heard`, without a history, too."""
+    columns: dict[str, Any] = {"user_id": [user]}
+    if not heard:
+        columns["history"] = pa.array([[]], pa.list_(pa.int64()))
+    final = bundle.recommend(bundle.encode(pa.table(columns))).final
     rows, mask = final.kept()
     return bundle.items.ids_of(rows[0][mask[0]])

@@ -1,14 +1,16 @@
-"""Replicas that die under light load: no wrong answer and no failed request; what lacks a stage says so."""
+"""Replicas and Redis die under light load: no wrong answer and no failed request; what lacks a stage says so."""
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from ray import serve
 
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.flows import serving
+from tests.redis_process import RedisProcess, needs_redis
 from tests.serve.load import Load, Replies
 from tests.served import checked_bundle, patient
 
@@ -72,3 +74,23 @@ def test_the_first_stage_dies_and_popular_items_stand_in(url: str, bundle: Bundl
         seen = load.replies.statuses.total() - load.replies.degraded.total()
         load.until(lambda replies: replies.statuses.total() - replies.degraded.total() > seen + 20)
     assert_only("retriever", load.replies)
+
+
+@needs_redis
+def test_redis_dies_and_answers_say_that_they_lack_the_history(ray_cluster: None, bundle: Bundle, tmp_path: Path):
+    server, app = RedisProcess(tmp_path), "redisless"
+    users = {"store": "redis", "url": server.url, "timeout_ms": 30_000}
+    try:
+        url = serving.start(bundle.uri, patient(mode="fused", users=users), name=app, route_prefix=f"/{app}")
+        with Load(url, [bundle]) as load:
+            load.more(20)
+            assert load.replies.unheard == 0
+            server.kill()
+            load.until(lambda replies: replies.unheard > 20)
+            server.start()
+            seen = load.replies.statuses.total() - load.replies.unheard
+            load.until(lambda replies: replies.statuses.total() - replies.unheard > seen + 20)  # heard again
+        assert (load.replies.failed, load.replies.wrong, dict(load.replies.degraded)) == ([], [], {})
+    finally:
+        serving.stop(app)
+        server.kill()

@@ -1,5 +1,6 @@
 """Encoded items of a bundle: the same answers as from the items' fields, of this bundle alone, and nothing missing."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from raycascade.flows.index import index
 from raycascade.item_cache import ItemCache, Precision, read_item_cache, write_item_cache
 from raycascade.models.gesr import Gesr
 from raycascade.schema import FIRST_ROW
-from raycascade.serving.stages import StageServer, pack
+from raycascade.serving.options import ServeOptions
+from raycascade.serving.replicas import StageReplica
+from raycascade.serving.stages import Lost, pack
 from tests import three_stages as three
 from tests.early_stages import CHANGING, MODELS, config, write_bundle
 from tests.tiny_world import KEEPS, NUM_ITEMS, encoded_users
@@ -212,14 +215,21 @@ def test_a_damaged_description_is_named(copy: Path, content: bytes):
         load_bundle(str(copy))
 
 
-def test_a_stage_refuses_requests_that_another_bundle_has_encoded(bundles: dict[str, Bundle]):
+def test_a_stage_refuses_requests_that_another_bundle_has_encoded(bundles: dict[str, Bundle], tmp_path: Path):
     here, there = bundles["float16"], bundles["float32"]
     assert here.version != there.version
     message = pack(here.encode(pa.table({"user_id": [100]})), version=here.version)
-    survivors = StageServer(here, "retriever").run(message, None)
-    assert len(StageServer(here, "ranker").run(message, survivors).rows_QK[0]) == KEEPS["ranker"]
-    with pytest.raises(BundleError, match="requests that another bundle has encoded"):
-        StageServer(there, "ranker").run(message, survivors)
+
+    def replica(bundle: Bundle, name: str) -> StageReplica:
+        return StageReplica(bundle.uri, name, ServeOptions(), str(tmp_path / "release.json"))
+
+    async def work() -> None:
+        survivors = await replica(here, "retriever").run(message, None, 30.0)
+        assert len((await replica(here, "ranker").run(message, survivors, 30.0)).rows_QK[0]) == KEEPS["ranker"]
+        with pytest.raises(Lost, match=f"version {here.version} is not loaded here"):
+            await replica(there, "ranker").run(message, survivors, 30.0)
+
+    asyncio.run(work())
 
 
 def test_a_rebuilt_index_brings_rebuilt_encoded_items(uris: dict[str, str]):

@@ -1,5 +1,6 @@
 """Events that are not before their request: left out of every history column, counted, and without a say."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ def items() -> ItemTable:
     return ItemTable.from_encoded(state.encode_items(raw_items(), where="tiny"), state)
 
 
-def log(times: list[list[int] | None], *, lengths: tuple[int, ...] = (4, 3, 2)) -> pa.Table:
+def log(times: Sequence[Sequence[int | None] | None], *, lengths: tuple[int, ...] = (4, 3, 2)) -> pa.Table:
     """Raw requests at NOW with histories of items 0, 1, 2 ... and the actions click, skip, click ..."""
     count = len(times)
     table = raw_requests().slice(0, count)
@@ -52,6 +53,26 @@ def test_events_at_or_after_their_request_are_left_out_of_every_column(items: It
     assert batch.history["action"].tolist() == [[actions[0]] * 2 + [0], [*actions, actions[0]], [*actions, 0]]
     assert batch.history_time_ms_QL is not None
     assert batch.history_time_ms_QL.tolist() == [[NOW - 9, NOW - 1, 0], [NOW - 3, 0, NOW - 2], [0, 0, 0]]
+
+
+def test_an_event_whose_time_is_null_is_one_whose_time_is_not_known(items: ItemTable, tiny_bundle: str):
+    """As 0 is, and as a query of JSON that leaves the time of an event out says."""
+    bundle = load_bundle(tiny_bundle)
+    nulls, zeros = (log([[NOW - 9, unknown, NOW - 1], [unknown, unknown]], lengths=(3, 2)) for unknown in (None, 0))
+    null, zero = (collate(items.state.encode_requests(table, where="log"), items) for table in (nulls, zeros))
+    assert null.history_time_ms_QL is not None
+    assert null.history_time_ms_QL.tolist() == [[NOW - 9, 0, NOW - 1], [0, 0, 0]]
+    assert null.history["event_age"].tolist() == zero.history["event_age"].tolist()
+    assert null.history["event_age"][0, 0] != null.history["event_age"][0, 1]
+    past = [{"item_id": item_id(0), "time_ms": NOW - 9}, {"item_id": item_id(1)},
+            {"item_id": item_id(2), "time_ms": NOW - 1}]
+    query = Query.model_validate({"user_id": 100, "time_ms": NOW, "history": past})
+    columns = {"request_id": ["q"], "user_id": [100], "time_ms": [NOW], "history": nulls["history"][:1],
+               "history_time_ms": nulls["history_time_ms"][:1]}
+    raw = checked(pa.table(columns), bundle, where="log")
+    sent, read = (bundle.recommend(bundle.encode(table)).final.scores_QC
+                  for table in (table_of(query, bundle, request_id="q"), raw))
+    np.testing.assert_array_equal(read, sent)
 
 
 def test_requests_that_hold_no_such_event_are_not_touched():

@@ -41,6 +41,8 @@ def test_a_stage_takes_over_what_the_default_says_and_it_does_not():
     ({"mode": "both"}, r"mode: .*'composed' or 'fused'.*got 'both'"),
     ({"deadline_ms": 0}, r"deadline_ms: .*got 0"), ({"limits": {"k": 0}}, r"limits\.k: .*got 0"),
     ({"limits": {"batches": 3}}, r"limits\.batches: unknown key; did you mean 'batch'\?"),
+    ({"stages": {"ranker": {"max_queued": 40}}}, "limits.batch: 64, but stages.ranker.max_queued lets only 40 req"),
+    ({"limits": {"batch": 300}}, "limits.batch: 300, but stages.default.max_queued lets only 256 requests wait"),
     ({"gateway": {"replicas": 2}}, "gateway.replicas: 2, but users.store embedded keeps users in one replica"),
 ])
 def test_what_is_wrong_is_one_line_that_says_where(tree: dict, problem: str):
@@ -61,3 +63,15 @@ def test_options_of_a_stage_that_the_bundle_lacks_are_refused():
     with pytest.raises(ConfigError, match=r"stages\.rankr: the bundle has no such stage; did you mean 'ranker'\?"):
         options.require_stages(("retriever", "ranker"))
     options.require_stages(("rankr",))
+
+
+def test_more_gateways_than_the_user_store_can_have_are_refused_however_they_come_about():
+    with pytest.raises(ConfigError, match=r"gateway\.replicas: 3, but users\.store embedded"):
+        ServeOptions().require_gateways(3)
+    ServeOptions().require_gateways(1)
+    parse_options({"users": {"store": "redis", "url": "redis://localhost"}}, where="test").require_gateways(3)
+
+
+def test_large_batches_of_queries_need_queues_that_hold_them():
+    options = parse_options({"limits": {"batch": 300}, "stages": {"default": {"max_queued": 300}}}, where="test")
+    assert (options.limits.batch, options.stage("ranker").max_queued) == (300, 300)

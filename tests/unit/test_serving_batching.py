@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raycascade.errors import DeadlineExceeded, NotReady, Overloaded
+from raycascade.errors import DeadlineExceeded, Overloaded
 from raycascade.serving.batching import Batcher
 from raycascade.serving.breaker import Breaker
 from raycascade.serving.options import BatchOptions
@@ -187,6 +187,47 @@ def test_a_batch_that_nobody_waits_for_is_cancelled_and_one_that_somebody_does_i
     run(work)
 
 
+def test_calls_that_were_given_up_take_no_room_in_the_queue():
+    async def work() -> None:
+        doubling = Doubling(held=True)
+        joined = batcher(doubling, max_queued=2)
+        first = asyncio.create_task(joined.submit(0, deadline=soon()))
+        await turns()
+        impatient = [asyncio.create_task(joined.submit(n, deadline=soon())) for n in (1, 2)]
+        await turns()
+        for call in impatient:
+            call.cancel()
+        await turns()
+        patient = asyncio.create_task(joined.submit(3, deadline=soon()))
+        await turns()
+        assert joined.queued == 1
+        doubling.gate.set()
+        assert await asyncio.gather(first, patient) == [0, 6]
+        assert doubling.batches == [[0], [3]]
+
+    run(work)
+
+
+@pytest.mark.parametrize("number", [1, 13])
+def test_what_is_ready_in_the_moment_when_the_time_is_over_is_given_out(number: int):
+    """A busy event loop hears of both in the same turn."""
+    async def work() -> None:
+        doubling = Doubling(held=True)
+        deadline = time.monotonic() + 0.05
+        call = asyncio.create_task(batcher(doubling).submit(number, deadline=deadline))
+        await turns()
+        doubling.gate.set()
+        while time.monotonic() < deadline + 0.01:
+            pass
+        if number == 13:
+            with pytest.raises(ValueError, match="unlucky"):
+                await call
+        else:
+            assert await call == 2
+
+    run(work)
+
+
 def test_what_a_batch_raises_is_raised_for_each_of_it_and_for_nobody_else():
     async def work() -> None:
         doubling = Doubling()
@@ -262,27 +303,6 @@ def test_a_call_of_several_requests_takes_as_much_room_and_a_larger_one_than_all
 async def _enter(slots: Slots, count: int) -> None:
     async with slots.taking(count, deadline=soon()):
         pass
-
-
-def test_a_closed_door_lets_nobody_in_and_waits_for_those_inside():
-    async def work() -> None:
-        slots, gate = Slots(most=1, most_queued=1), asyncio.Event()
-
-        async def inside() -> None:
-            async with slots.taking(deadline=soon()):
-                await gate.wait()
-
-        guest = asyncio.create_task(inside())
-        await turns()
-        assert not await slots.drain(0.01)
-        with pytest.raises(NotReady, match="about to stop"):
-            async with slots.taking(deadline=soon()):
-                pass
-        gate.set()
-        assert await slots.drain(FAR_S)
-        await guest
-
-    run(work)
 
 
 # ---------------------------------------------------------------- the breaker

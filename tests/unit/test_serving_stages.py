@@ -7,17 +7,19 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.errors import DeadlineExceeded, NotReady, Overloaded
 from raycascade.serving.answers import Answer
+from raycascade.serving.breaker import Breaker
 from raycascade.serving.context import RequestContext
 from raycascade.serving.gateway import Gateway
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.replicas import StageReplica
 from raycascade.serving.requests import Query
-from raycascade.serving.stages import LocalStage, Lost, RemoteStage, Stage, StageServer, Survivors
+from raycascade.serving.stages import LocalStage, Lost, RemoteStage, Stage, StageServer, Survivors, pack
 from raycascade.serving.telemetry import Telemetry
 from tests.served import patient
 from tests.tiny_world import KEEPS, item_id
@@ -150,9 +152,11 @@ class Mortal:
         return await self.replica.run(message, before, left_s)
 
 
-def mortal_gateway(bundle: Bundle, tmp_path: Any, name: str, *, deaths: int) -> tuple[Gateway, Mortal]:
+def mortal_gateway(
+    bundle: Bundle, tmp_path: Any, name: str, *, deaths: int, breaker: Breaker | None = None
+) -> tuple[Gateway, Mortal]:
     mortal = Mortal(bundle, name, tmp_path, deaths=deaths)
-    stages = near(bundle) | {name: RemoteStage(name, mortal, alive)}
+    stages = near(bundle) | {name: RemoteStage(name, mortal, alive, breaker=breaker)}
     return Gateway(bundle, stages, patient()), mortal
 
 
@@ -177,15 +181,102 @@ def test_after_two_dead_replicas_the_order_of_the_stage_before_stands(
     assert mortal.calls == 2
 
 
-def test_a_stage_that_stays_away_is_not_asked_by_every_request(bundle: Bundle, tmp_path: Any):
-    gateway, mortal = mortal_gateway(bundle, tmp_path, "ranker", deaths=10_000)
+def test_a_stage_that_stays_away_is_not_asked_by_every_request_and_is_found_when_it_is_back(
+    bundle: Bundle, tmp_path: Any
+):
+    now = [0.0]
+    gateway, mortal = mortal_gateway(bundle, tmp_path, "ranker", deaths=8,
+                                     breaker=Breaker(failures=3, pause_s=1.0, clock_s=lambda: now[0]))
+
+    async def reasons(count: int) -> list[str | None]:
+        return [(await gateway.recommend(Query(user_id=100))).reason for _ in range(count)]
 
     async def work() -> None:
-        for _ in range(50):
-            assert (await gateway.recommend(Query(user_id=100))).reason == "unavailable"
+        assert (await reasons(10), mortal.calls) == (["unavailable"] * 10, 6)  # three requests, two calls each
+        now[0] = 1.0
+        assert (await reasons(3), mortal.calls) == (["unavailable"] * 3, 8)  # one finds out
+        now[0] = 2.0
+        assert (await reasons(3), mortal.calls) == ([None] * 3, 11)
 
     asked(work)
-    assert mortal.calls < 40
+
+
+def test_a_stage_that_is_full_is_not_taken_for_one_that_is_gone(bundle: Bundle):
+    calls: list[float] = []
+
+    async def full(message: bytes, before: Survivors | None, left_s: float) -> Survivors:
+        calls.append(left_s)
+        raise Overloaded("full", retry_after_s=3)
+
+    gateway = Gateway(bundle, near(bundle) | {"ranker": RemoteStage("ranker", full, alive)}, patient())
+
+    async def work() -> list[str | None]:
+        return [(await gateway.recommend(Query(user_id=100))).reason for _ in range(6)]
+
+    assert asked(work) == ["overloaded"] * 6
+    assert len(calls) == 6  # a call that was refused is not made again
+
+
+def test_every_call_takes_along_what_is_left_of_the_requests_time(bundle: Bundle, tmp_path: Any):
+    left: list[float] = []
+
+    def noting(call: Callable[..., Awaitable[Survivors]]) -> Callable[..., Awaitable[Survivors]]:
+        async def noted(message: bytes, before: Survivors | None, left_s: float) -> Survivors:
+            left.append(left_s)
+            return await call(message, before, left_s)
+        return noted
+
+    stages: dict[str, Stage] = {}
+    for name in KEEPS:
+        replica = StageReplica(bundle.uri, name, patient(), str(tmp_path / "release.json"))
+        stages[name] = RemoteStage(name, noting(replica.run), alive)
+    answer = asked(lambda: Gateway(bundle, stages, patient()).recommend(
+        QUERIES[0], RequestContext.new(deadline_ms=20_000)))
+    assert not answer.degraded
+    assert 20.0 > left[0] > left[1] > left[2] > 0.0
+
+
+def test_a_call_whose_replica_dies_at_the_end_of_the_requests_time_is_not_made_again(bundle: Bundle):
+    calls: list[float] = []
+
+    async def dying(message: bytes, before: Survivors | None, left_s: float) -> Survivors:
+        calls.append(left_s)
+        until = time.monotonic() + left_s
+        while time.monotonic() <= until:  # the event loop has no turn: nobody is told that the time is over
+            pass
+        raise Lost("gone")
+
+    gateway = Gateway(bundle, near(bundle) | {"ranker": RemoteStage("ranker", dying, alive)}, patient())
+    answer = asked(lambda: gateway.recommend(QUERIES[0], RequestContext.new(deadline_ms=3_000)))
+    assert (answer.degraded_at, answer.reason, len(calls)) == ("ranker", "deadline", 1)
+
+
+# ---------------------------------------------------------------- what is joined in a replica
+@pytest.mark.parametrize(("excluded", "batches"), [((0, 3), [1, 1]), ((2, 3), [2])])
+def test_a_replica_joins_no_searches_of_different_widths(
+    bundle: Bundle, tmp_path: Any, excluded: tuple[int, int], batches: list[int]
+):
+    """A graph that looks for more items finds others: joined, a request would not get what it gets alone."""
+    replica = StageReplica(bundle.uri, "retriever", patient(), str(tmp_path / "release.json"))
+    (server,) = replica._servers.values()
+    sizes: list[int] = []
+
+    class Counted(StageServer):
+        def run(self, batch: Any, before: Survivors | None) -> Survivors:
+            sizes.append(batch.num_requests)
+            return super().run(batch, before)
+
+    replica._servers[bundle.version] = Counted(server.bundle, "retriever")
+    lists = [[item_id(n) for n in range(count)] for count in excluded]
+    raw = pa.table({"request_id": ["a", "b"], "user_id": [100, 101], "exclude": pa.array(lists, pa.list_(pa.int64()))})
+    encoded = bundle.encode(raw)
+    messages = [pack(encoded.slice(row, 1), version=bundle.version) for row in range(2)]
+
+    async def work() -> None:
+        await asyncio.gather(*(replica.run(message, None, 30.0) for message in messages))
+
+    asked(work)
+    assert sizes == batches
 
 
 # ---------------------------------------------------------------- late, full and broken stages

@@ -11,6 +11,7 @@ import pytest
 from raycascade import storage
 from raycascade.bundle import Bundle, add_to_manifest, load_bundle, stated_version
 from raycascade.errors import BundleError, ConfigError, NotReady
+from raycascade.serving import replicas
 from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.replicas import GatewayReplica, StageReplica
@@ -68,6 +69,13 @@ def run(work: Callable[[], Awaitable[Any]]) -> Any:
             return await work()
 
     return asyncio.run(limited())
+
+
+async def looked(replica: GatewayReplica | StageReplica) -> None:
+    """The replica has looked at the release."""
+    replica.look()
+    assert replica._looking is not None
+    await replica._looking
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -182,6 +190,90 @@ def test_a_version_that_is_not_loaded_is_not_activated(uris: dict[str, str], tmp
         gateway.activate("123")
 
 
+def test_a_gateway_lets_go_of_what_was_prepared_and_never_served(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever deployed it has died in the middle."""
+    replica = fused_replica(uris["one"], str(tmp_path / "release.json"))
+
+    async def work() -> None:
+        await replica.prepare(uris["two"])
+        await looked(replica)
+        assert set(replica.gateway.versions.held) == set(versions.values())  # it may still be on its way
+        monkeypatch.setattr(replicas, "PREPARED_S", 0.0)
+        await replica.prepare(uris["two"])
+        await looked(replica)
+        assert replica.gateway.versions.held == (versions["one"],)
+
+    run(work)
+
+
+def test_a_gateway_that_changed_over_by_itself_lets_go_of_the_old_version(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+):
+    """As the gateway that a config has told: nobody asks it to."""
+    release = str(tmp_path / "release.json")
+    replica = fused_replica(uris["one"], release)
+
+    async def work() -> None:
+        await replica.prepare(uris["two"])
+        write_release(release, bundle=uris["two"], version=versions["two"], source="user_config")
+        await replica.activate(versions["two"])
+        await looked(replica)
+        assert replica.gateway.versions.held == (versions["two"],)
+
+    run(work)
+
+
+def test_a_selfcheck_that_takes_too_long_changes_nothing(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    replica = fused_replica(uris["one"], str(tmp_path / "release.json"))
+    monkeypatch.setattr(replicas, "CHECK_S", 0.0)
+    with pytest.raises(NotReady, match="the self-check through all stages was not done in 0 s"):
+        run(lambda: replica.prepare(uris["two"]))
+    assert replica.gateway.versions.held == (versions["one"],)
+
+
+def test_a_release_of_a_bad_bundle_is_one_line_in_the_log_and_the_old_one_serves(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    release, bad = str(tmp_path / "release.json"), damaged(uris["two"], tmp_path)
+    gateway = fused_replica(uris["one"], release)
+    stage = StageReplica(uris["one"], "ranker", ServeOptions(), release)
+    write_release(release, bundle=bad, version="2" * 16)
+
+    async def work() -> None:
+        await looked(gateway)
+        await looked(stage)
+        assert (await gateway.gateway.recommend(Query(user_id=100))).version == versions["one"]
+
+    run(work)
+    said = [record for record in caplog.records if "cannot follow the release" in record.message]
+    assert [record.message.split(" cannot")[0] for record in said] == ["the gateway", "stage ranker"]
+    assert all("changed since it was written" in record.message and not record.exc_info for record in said)
+
+
+@pytest.mark.parametrize("kind", ["gateway", "stage"])
+def test_what_is_refused_while_it_is_still_being_loaded_is_let_go_of(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, kind: str
+):
+    """Another replica was quicker to find that the bundle is bad."""
+    release = str(tmp_path / "release.json")
+
+    async def work() -> None:
+        replica = fused_replica(uris["one"], release) if kind == "gateway" else StageReplica(
+            uris["one"], "ranker", ServeOptions(), release)
+        loading = asyncio.create_task(replica.prepare(uris["two"]))
+        await until(replica._loading.locked)
+        await replica.refuse(uris["two"])
+        await loading
+        held = replica.held if isinstance(replica, StageReplica) else replica.gateway.versions.held
+        assert held == (versions["one"],)
+
+    run(work)
+
+
 def test_composed_stages_must_be_those_that_are_deployed(uris: dict[str, str], tmp_path: Path):
     other = checked_bundle(str(tmp_path / "other"), keeps={"retriever": 40, "ranker": 5})
     replica = GatewayReplica(uris["one"], tuple(KEEPS), stages_of, patient(), str(tmp_path / "release.json"))
@@ -236,6 +328,31 @@ def test_a_stage_answers_requests_of_the_versions_that_it_holds_and_of_no_other(
         assert set(replica.held) == set(versions.values())
         write_release(release, bundle=uris["two"], version=versions["two"])
         await replica.forget(versions["one"])
+        assert replica.held == (versions["two"],)
+
+    run(work)
+
+
+def test_a_stage_keeps_what_is_prepared_and_what_a_gateway_may_still_ask_for_and_no_more(
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """However long the other replicas load: nobody asks for the new bundle before all have it."""
+    release = str(tmp_path / "release.json")
+    write_release(release, bundle=uris["one"], version=versions["one"])
+    replica = StageReplica(uris["one"], "ranker", ServeOptions(), release)
+
+    async def work() -> None:
+        await looked(replica)
+        await replica.prepare(uris["two"])
+        monkeypatch.setattr(replicas, "KEPT_S", 0.0)
+        await looked(replica)
+        assert set(replica.held) == set(versions.values())
+        monkeypatch.setattr(replicas, "KEPT_S", 60.0)
+        write_release(release, bundle=uris["two"], version=versions["two"])
+        await looked(replica)
+        assert set(replica.held) == set(versions.values())  # a gateway may not have changed over
+        replica._kept_until[versions["one"]] = 0.0  # long after
+        await looked(replica)
         assert replica.held == (versions["two"],)
 
     run(work)

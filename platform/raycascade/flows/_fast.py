@@ -13,6 +13,10 @@ HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # 10 otherwise: three misses, and the endpoint is back
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 otherwise: so long Ctrl-C would take
+    # A gateway that dies with requests leaves them to another one: every endpoint may be asked twice. HAProxy asks
+    # again only what a buffer of its own holds, 16 KB otherwise.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
 }
 
 

@@ -8,7 +8,7 @@ changes nothing. A replica that begins in the middle finds the release by itself
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any
 
 from ray import serve
@@ -17,14 +17,12 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from raycascade import storage
 from raycascade.errors import ConfigError, NotReady, RaycascadeError
-from raycascade.serving.replicas import GatewayReplica
+from raycascade.serving.replicas import LONGEST_S, PREPARE_S, GatewayReplica
 from raycascade.serving.stages import Lost
 from raycascade.serving.versions import read_release, write_release
 
 logger = logging.getLogger(__name__)
-PREPARE_S = 900.0  # the most that loading and checking may take
 SWITCH_S = 30.0
-RETIRE_S = 70.0  # longer than the longest deadline of a request
 AGAIN_S, TRY_S = 2.0, 300.0  # a config's bundle is tried so often, so long, while replicas are still starting
 FROM_CONFIG = "user_config"
 
@@ -52,7 +50,7 @@ async def _deploy(uri: str, app: str) -> dict[str, Any]:
     if result["changed"]:
         await _asked(gateways.release_to.remote(uri, version), SWITCH_S)
         await _told(gateways, "activate", version, timeout_s=SWITCH_S)
-        await _told(gateways, "retire", about["version"], RETIRE_S, timeout_s=RETIRE_S + SWITCH_S)
+        await _told(gateways, "retire", about["version"], LONGEST_S, timeout_s=LONGEST_S + SWITCH_S)
         for handle in stages.values():
             await _told(handle, "forget", about["version"], timeout_s=SWITCH_S)
     return {**result, "seconds": round(time.monotonic() - started, 2)}
@@ -64,8 +62,7 @@ async def _prepared(stages: Mapping[str, Any], gateways: Any, uri: str) -> str:
         await asyncio.gather(*(_all(handle, "prepare", uri, timeout_s=PREPARE_S) for handle in stages.values()))
         versions = await _all(gateways, "prepare", uri, timeout_s=PREPARE_S)
     except RaycascadeError:
-        await asyncio.gather(*(_all(handle, "refuse", uri, timeout_s=SWITCH_S)
-                               for handle in (gateways, *stages.values())), return_exceptions=True)
+        await _refused((gateways, *stages.values()), uri)
         raise
     assert len(set(versions)) == 1, versions
     return versions[0]
@@ -88,11 +85,21 @@ async def deploy_configured(
             break
         except NotReady:
             if time.monotonic() > until:
+                await _refused(stages.values(), uri)
                 raise
             await asyncio.sleep(AGAIN_S)
+        except RaycascadeError:
+            await _refused(stages.values(), uri)
+            raise
     await asyncio.to_thread(write_release, release, bundle=uri, version=version, source=FROM_CONFIG)
     await replica.activate(version)
     return True
+
+
+async def _refused(handles: Iterable[Any], uri: str) -> None:
+    """All replicas let go of a bundle; those that cannot hear it do so by themselves, later."""
+    await asyncio.gather(*(_all(handle, "refuse", uri, timeout_s=SWITCH_S) for handle in handles),
+                         return_exceptions=True)
 
 
 async def _all(handle: Any, method: str, *arguments: Any, timeout_s: float) -> list[Any]:

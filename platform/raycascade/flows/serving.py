@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raycascade import plugins, storage
@@ -30,7 +31,7 @@ from raycascade.serving.keys import require_safe_binding
 from raycascade.serving.lanes import Lanes
 from raycascade.serving.logs import log_json
 from raycascade.serving.options import ServeOptions, StageOptions
-from raycascade.serving.replicas import GatewayReplica, StageReplica
+from raycascade.serving.replicas import GatewayReplica, StageReplica, released_bundle
 from raycascade.serving.stages import LocalStage, Lost, RemoteStage, Stage, StageServer, Survivors
 from raycascade.serving.telemetry import Telemetry
 from raycascade.serving.versions import read_release, release_uri, write_release
@@ -72,6 +73,7 @@ class GatewayIngress:
         self, uri: str, names: tuple[str, ...], options: ServeOptions, release: str, *handles: Any
     ) -> None:
         log_json()
+        _require_as_deployed(options)
         self._options, self._handles = options, dict(zip(names, handles, strict=False))
         self._telemetry = Telemetry(RayMetrics(), stages=names)
         self._replica = GatewayReplica(uri, names, _stages_of(self._handles, options), options, release,
@@ -97,8 +99,9 @@ class GatewayIngress:
 
         try:
             await deploy_configured(uri, self._replica, self._handles, release=self._replica.release)
-        except RaycascadeError as error:
-            logger.error("the bundle of user_config is not served: %s", error)
+        except Exception as error:
+            expected = isinstance(error, RaycascadeError | OSError)
+            logger.error("the bundle of user_config is not served: %s", error, exc_info=None if expected else error)
             await self._replica.refuse(uri)
 
     async def check_health(self) -> None:
@@ -129,10 +132,22 @@ class GatewayIngress:
         """What is served."""
         return self._replica.gateway.about()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_replica"):
-            self._replica.close()
+    async def __del__(self) -> None:
+        if hasattr(self, "_replica"):  # Ray Serve awaits this once the last request has ended
+            await self._replica.close()
             self._telemetry.close()
+
+
+def _require_as_deployed(options: ServeOptions) -> None:
+    """ConfigError where a Serve config has made of the gateway what the options could not have asked for: several
+    replicas over one that keeps users, or an endpoint that others than this machine reach without keys."""
+    config = serve.get_replica_context()._deployment_config
+    scaling = config.autoscaling_config
+    options.require_gateways(scaling.max_replicas if scaling else config.num_replicas or 1)
+    client = _get_global_client()
+    host = client.http_config.host if client else None
+    if host:
+        require_safe_binding(host, options)
 
 
 def _stages_of(handles: Mapping[str, Any], options: ServeOptions) -> Stages:
@@ -163,7 +178,7 @@ def remote_stage(name: str, handle: Any, options: StageOptions) -> RemoteStage:
             raise Overloaded(f"{name}: its replicas have as many calls as they take") from None
         except DeploymentUnavailableError:
             raise NotReady(f"{name}: the deployment has failed; see `serve status`") from None
-        except RayActorError:
+        except (RayActorError, ObjectLostError):
             raise Lost(f"{name}: the replica is gone") from None
         except RayTaskError as error:
             if isinstance(error.cause, Lost | ServingError):
@@ -171,8 +186,13 @@ def remote_stage(name: str, handle: Any, options: StageOptions) -> RemoteStage:
             raise
 
     async def alive() -> bool:
-        async with asyncio.timeout(READY_S):
-            return await handle.ready.remote()
+        response = handle.ready.remote()
+        try:
+            async with asyncio.timeout(READY_S):
+                return await response
+        except (TimeoutError, asyncio.CancelledError):
+            response.cancel()  # or the questions would pile up before a stage that is away
+            raise
 
     return RemoteStage(name, call, alive, options)
 
@@ -250,13 +270,20 @@ def serve_until_interrupted(uri: str, options: ServeOptions) -> None:
     try:
         url = start(uri, options)
         address = ray.get_runtime_context().gcs_address
-        sys.stderr.write(f"serving {uri} ({options.mode}) at {url}/v1/recommend; Ctrl-C ends it; another bundle: "
-                         f"raycascade deploy BUNDLE --address {address}\n")
+        sys.stderr.write(f"serving {released(uri, options)} ({options.mode}) at {url}/v1/recommend; Ctrl-C ends it; "
+                         f"another bundle: raycascade deploy BUNDLE --address {address}\n")
         ended.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     stop()
+
+
+def released(uri: str, options: ServeOptions, *, app: str = APP) -> str:
+    """The bundle that is served where this one is asked for: itself, or what was deployed in its place later on."""
+    uri = storage.absolute(uri)
+    bundle = released_bundle(release_uri(options.release, bundle=uri, app=app), uri)
+    return uri if bundle == uri else f"{bundle}, which was deployed in the place of {uri},"
 
 
 def _stage_names(uri: str) -> tuple[str, ...]:

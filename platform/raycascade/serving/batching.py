@@ -59,7 +59,9 @@ class Batcher(Generic[Item, Result]):
 
     async def submit(self, item: Item, *, deadline: float, size: int = 1, key: Hashable = None) -> Result:
         """The item's result. Overloaded where the queue is full, DeadlineExceeded where the time is over before."""
-        if self._queued + size > self._max_queued and self._queue:
+        if self._is_full(size):
+            self._drop_abandoned()
+        if self._is_full(size):
             raise Overloaded(f"{self._name}: {self._queued} requests wait already; try again later",
                              retry_after_s=self._retry_after_s())
         if (left_s := deadline - time.monotonic()) <= 0:
@@ -73,8 +75,16 @@ class Batcher(Generic[Item, Result]):
                 return await waiting.result
         except TimeoutError:
             if waiting.result.done() and not waiting.result.cancelled():
-                raise  # the run's own
+                return waiting.result.result()  # it came in the same turn of the loop; or the error is the run's own
             raise self._too_late() from None
+
+    def _is_full(self, size: int) -> bool:
+        return self._queued + size > self._max_queued and bool(self._queue)
+
+    def _drop_abandoned(self) -> None:
+        """What nobody waits for any more takes no room."""
+        self._queue = deque(waiting for waiting in self._queue if not waiting.result.done())
+        self._queued = sum(waiting.size for waiting in self._queue)
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self._name}: the request's time was over; give it more, or try again later")

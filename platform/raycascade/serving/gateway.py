@@ -69,6 +69,7 @@ class Gateway:
         door = self.options.gateway
         self._slots = Slots(most=door.max_ongoing, most_queued=door.max_queued)
         self._explaining = Slots(most=MOST_EXPLAINED, most_queued=4 * MOST_EXPLAINED)
+        self._explainers = Lanes(MOST_EXPLAINED)  # what was given up in the middle goes on, and must not add up
 
     @property
     def active(self) -> ServedModel:
@@ -118,9 +119,13 @@ class Gateway:
                     for position in range(len(queries))]
         entries = await self._entries(queries, model, contexts, states, named=named)
         timings_ms = {"users": users_ms, "encode": round((time.monotonic() - started) * 1000 - users_ms, 3)}
-        return await asyncio.gather(*(
-            self._answer(query, model, context, entry, timings_ms)
-            for query, context, entry in zip(queries, contexts, entries, strict=True)))
+        try:
+            return await asyncio.gather(*(
+                self._answer(query, model, context, entry, timings_ms)
+                for query, context, entry in zip(queries, contexts, entries, strict=True)))
+        finally:
+            for entry in entries:
+                entry.leave()
 
     async def _answer(
         self, query: Query, model: ServedModel, context: RequestContext, entry: Entry, timings_ms: dict[str, float]
@@ -129,7 +134,7 @@ class Gateway:
             with within(context.request_id):
                 passage = await descend(model, entry.request, deadline=context.deadline, telemetry=self.telemetry)
         finally:
-            entry.wave.leave()
+            entry.leave()
         final = passage.final
         assert final is not None, "a passage ends with an order or an error"
         items = model.scored(final, model.most if query.k is None else query.k)
@@ -157,10 +162,10 @@ class Gateway:
             row = model.item_row(item_id)
             states = await self._states([query], context)
             (entry,) = await self._entries([query], model, [context], states, named=False)
-            entry.wave.leave()
+            entry.leave()
             try:
                 async with asyncio.timeout(max(0.0, context.left_s)):
-                    lost_at, stages = await asyncio.to_thread(fates, model.bundle, entry.encoded, row)
+                    lost_at, stages = await self._explainers.run(fates, model.bundle, entry.encoded, row)
             except TimeoutError:
                 raise DeadlineExceeded("explain looks at the whole catalogue and was not done in time; give the "
                                        "request a longer deadline_ms") from None
@@ -211,10 +216,6 @@ class Gateway:
         self.versions.activate(version)
         self.telemetry.model(version)
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Takes no more requests and waits for those inside; whether all have ended."""
-        return await self._slots.drain(timeout_s)
-
     # ---------------------------------------------------------------- inside
     @asynccontextmanager
     async def _begun(self, count: int, context: RequestContext) -> AsyncIterator[ServedModel]:
@@ -229,16 +230,20 @@ class Gateway:
     ) -> list[Entry]:
         """The encoded queries; DataError for the first one that does not fit."""
         available = states is not None
-        found = await asyncio.gather(*(
-            model.encoder.encode(query, state, available=available, request_id=context.request_id,
-                                 deadline=context.deadline)
-            for query, context, state in zip(queries, contexts, states or [None] * len(queries), strict=True)
-        ), return_exceptions=True)
+        calls = [asyncio.ensure_future(model.encoder.encode(
+            query, state, available=available, request_id=context.request_id, deadline=context.deadline))
+            for query, context, state in zip(queries, contexts, states or [None] * len(queries), strict=True)]
+        try:
+            found = await asyncio.gather(*calls, return_exceptions=True)
+        except asyncio.CancelledError:
+            for call in calls:
+                call.add_done_callback(_leave)
+            raise
         entries = [entry for entry in found if isinstance(entry, Entry)]
         for position, problem in enumerate(found):
             if isinstance(problem, BaseException):
                 for entry in entries:
-                    entry.wave.leave()
+                    entry.leave()
                 if isinstance(problem, DataError) and named:
                     raise DataError(f"queries.{position}.{problem}")
                 raise problem
@@ -251,6 +256,12 @@ class Gateway:
             self.telemetry.unknown_user()
         if empty:
             self.telemetry.empty()
+
+
+def _leave(call: "asyncio.Future[Entry]") -> None:
+    """Whoever waited for a query to be encoded is gone."""
+    if not call.cancelled() and call.exception() is None:
+        call.result().leave()
 
 
 def _trace(passage: Passage, model: ServedModel) -> list[StageTrace]:

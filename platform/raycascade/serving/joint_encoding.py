@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from raycascade.bundle import Bundle
-from raycascade.errors import DataError
 from raycascade.serving.answers import UserSource
 from raycascade.serving.batching import Batcher
 from raycascade.serving.lanes import Lanes
@@ -24,13 +24,13 @@ class Wave:
     """Queries that were encoded together, until the last of them is answered."""
 
     def __init__(self, size: int) -> None:
-        self._left = size
+        self._inside = set(range(size))
         self._over = asyncio.Event()
 
-    def leave(self) -> None:
-        """One of them is answered, or given up."""
-        self._left -= 1
-        if self._left <= 0:
+    def leave(self, place: int) -> None:
+        """One of them is answered, or given up; to say it again changes nothing."""
+        self._inside.discard(place)
+        if not self._inside:
             self._over.set()
 
     async def over(self, deadline: float) -> None:
@@ -42,21 +42,28 @@ class Wave:
 
 class Entry(NamedTuple):
     """A query as the stages see it. `raw`: its canonical row, `encoded`: what became of it and the users table. Whoever
-    has got it says `wave.leave()` in the end."""
+    has got it says `leave()` in the end, or stands in the way of others until its deadline."""
 
     wave: Wave
+    place: int  # in the wave
     request: OneRequest
     encoded: pa.Table
     raw: pa.Table
     source: UserSource
     known: bool
 
+    def leave(self) -> None:
+        """The query is answered, or given up; may be said twice."""
+        self.wave.leave(self.place)
 
-class _Call(NamedTuple):
+
+@dataclass(eq=False, slots=True)
+class _Call:
     query: Query
     state: UserState | None
     available: bool  # whether the user store was
     request_id: str
+    entry: Entry | None = None  # once it is encoded
 
 
 class JointEncoder:
@@ -76,38 +83,46 @@ class JointEncoder:
     ) -> Entry:
         """The encoded query. DataError where it does not fit the bundle, whatever it was encoded with."""
         call = _Call(query, state, available, request_id)
-        entry = await self._batcher.submit(call, deadline=deadline, key=available)
-        if isinstance(entry, DataError):
+        try:
+            entry = await self._batcher.submit(call, deadline=deadline, key=available)
+        except asyncio.CancelledError:
+            if call.entry is not None:  # it came in the moment when it was given up
+                call.entry.leave()
+            raise
+        if isinstance(entry, Exception):
             raise entry
         return entry
 
-    async def _run(self, calls: list[_Call], deadline: float) -> Sequence[Entry | DataError]:
+    async def _run(self, calls: list[_Call], deadline: float) -> Sequence[Entry | Exception]:
         del deadline
-        return await self._lanes.run(self._encode, calls)
+        found = await self._lanes.run(self._encode, calls)
+        for call, entry in zip(calls, found, strict=True):
+            call.entry = entry if isinstance(entry, Entry) else None
+        return found
 
-    def _encode(self, calls: list[_Call]) -> Sequence[Entry | DataError]:
+    def _encode(self, calls: list[_Call]) -> Sequence[Entry | Exception]:
         try:
             states = [call.state for call in calls] if calls[0].available else None
             encoded = encode_queries([call.query for call in calls], states, self._bundle,
                                      request_ids=[call.request_id for call in calls])
-        except DataError as error:
+        except Exception as error:  # the caller's or ours: the others must not pay for it
             if len(calls) == 1:
                 return [error]
-            return [entry for call in calls for entry in self._encode([call])]  # the others fit
+            return [entry for call in calls for entry in self._encode([call])]
         return self._entries(encoded)
 
     def _entries(self, encoded: Encoded) -> list[Entry]:
         group = EncodedRequests(encoded.table, self._bundle)
         wave = Wave(len(encoded.table))
-        return [Entry(wave, OneRequest(group, row), encoded.table.slice(row, 1), encoded.raw[row], encoded.sources[row],
-                      encoded.known[row]) for row in range(len(encoded.table))]
+        return [Entry(wave, row, OneRequest(group, row), encoded.table.slice(row, 1), encoded.raw[row],
+                      encoded.sources[row], encoded.known[row]) for row in range(len(encoded.table))]
 
 
 async def _until_over(
-    entries: Sequence[Entry | DataError], unwanted: Sequence[Entry | DataError], deadline: float
+    entries: Sequence[Entry | Exception], unwanted: Sequence[Entry | Exception], deadline: float
 ) -> None:
     for entry in unwanted:
         if isinstance(entry, Entry):
-            entry.wave.leave()
+            entry.leave()
     for wave in {id(entry.wave): entry.wave for entry in entries if isinstance(entry, Entry)}.values():
         await wave.over(deadline)

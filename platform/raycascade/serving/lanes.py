@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar, TypeVarTuple
 
 Arguments = TypeVarTuple("Arguments")
@@ -20,8 +21,19 @@ class Lanes:
     async def run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """What the work returns or raises. Work that was cancelled before it began is not done."""
         lane = min(range(len(self._busy)), key=lambda number: (self._busy[number], number))
+        loop, future = asyncio.get_running_loop(), self._threads[lane].submit(work, *arguments)
         self._busy[lane] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads[lane], work, *arguments)
+            return await asyncio.wrap_future(future)
         finally:
-            self._busy[lane] -= 1
+            if future.done():
+                self._busy[lane] -= 1
+            else:  # nobody waits for it any more, but the thread goes on
+                future.add_done_callback(lambda _: self._left_later(loop, lane))
+
+    def _left_later(self, loop: asyncio.AbstractEventLoop, lane: int) -> None:
+        with suppress(RuntimeError):  # the loop has ended before the work
+            loop.call_soon_threadsafe(self._left, lane)
+
+    def _left(self, lane: int) -> None:
+        self._busy[lane] -= 1

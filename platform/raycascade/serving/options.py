@@ -165,10 +165,22 @@ class ServeOptions(Frozen):
 
     @model_validator(mode="after")
     def _embedded_users_have_one_gateway(self) -> "ServeOptions":
-        if self.users.store == "embedded" and self.gateway.replicas > 1:
-            raise ConfigError(f"gateway.replicas: {self.gateway.replicas}, but users.store embedded keeps users in one "
-                              "replica; set users.store: redis, or one replica")
+        self.require_gateways(self.gateway.replicas)
         return self
+
+    @model_validator(mode="after")
+    def _a_batch_of_queries_fits_the_queues(self) -> "ServeOptions":
+        for name in ("default", *self.stages):
+            if self.limits.batch > (most := self.stage(name).max_queued):
+                raise ConfigError(f"limits.batch: {self.limits.batch}, but stages.{name}.max_queued lets only {most} "
+                                  "requests wait, so that larger batches would be refused; raise that, or lower this")
+        return self
+
+    def require_gateways(self, replicas: int) -> None:
+        """ConfigError where the user store cannot be that of so many replicas of the gateway."""
+        if self.users.store == "embedded" and replicas > 1:
+            raise ConfigError(f"gateway.replicas: {replicas}, but users.store embedded keeps users in one replica; set "
+                              "users.store: redis, or one replica")
 
     def stage(self, name: str) -> StageOptions:
         """The options of one stage, `default` below its own."""

@@ -18,21 +18,35 @@ import torch
 
 from raycascade import selfcheck
 from raycascade.bundle import Bundle, load_bundle, stated_version
-from raycascade.errors import BundleError, RaycascadeError
+from raycascade.cascade import search_margin
+from raycascade.errors import BundleError, NotReady, RaycascadeError
 from raycascade.serving.batching import Batcher
 from raycascade.serving.gateway import Gateway
 from raycascade.serving.lanes import Lanes
 from raycascade.serving.logs import request_in, within
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.served import ServedModel, require_same_stages
-from raycascade.serving.stages import Lost, Stage, StageServer, Survivors, split, stacked, unpack, version_of
+from raycascade.serving.stages import (
+    Lost,
+    Stage,
+    StageServer,
+    Survivors,
+    most_excluded,
+    split,
+    stacked,
+    unpack,
+    version_of,
+)
 from raycascade.serving.telemetry import NoTelemetry, Telemetry
 from raycascade.serving.traffic import TrafficLog
 from raycascade.serving.versions import read_release, write_release
 
 logger = logging.getLogger(__name__)
 CHECK_S = 60.0  # the most that a self-check through all stages may take
-KEPT_S = 120.0  # how long a stage keeps a version that nobody asks for and that is not released
+LONGEST_S = 70.0  # longer than any deadline of a request
+PREPARE_S = 900.0  # the most that a deployment waits for the replicas to load and check a bundle
+PREPARED_S = 2 * PREPARE_S + 300.0  # how long one that is prepared is kept: all stages come first, then gateways
+KEPT_S = 120.0  # how long a stage keeps a version that is not released behind the last request for it
 
 
 def released_bundle(release: str, otherwise: str) -> str:
@@ -58,7 +72,8 @@ class StageReplica:
         self.name, self._release = name, release
         server = checked_stage(released_bundle(release, uri), name)
         self._servers = {server.bundle.version: server}
-        self._asked = {server.bundle.version: time.monotonic()}  # when a version was needed last
+        self._kept_until: dict[str, float] = {}  # of versions that are not released
+        self._released = ""  # as it was when it was looked at last
         self._lanes = Lanes(own.batch.in_flight or 1)
         self._batcher = Batcher(self._run_batch, options=own.batch, in_flight=1, max_queued=own.max_queued, name=name)
         self._loading = asyncio.Lock()
@@ -77,9 +92,10 @@ class StageReplica:
         if version not in self._servers:
             self.look()
             raise Lost(f"{self.name}: version {version} is not loaded here")
-        self._asked[version] = time.monotonic()
+        self._keep(version, KEPT_S)
         call = _Call(version, table, None if before is None else Survivors(*before))
-        key = (version, tuple(table.schema.names), tuple(table.schema.types), before is None)
+        searched = None if before is not None else search_margin(most_excluded(table))
+        key = (version, tuple(table.schema.names), tuple(table.schema.types), searched)
         with within(request_in(table.schema.metadata), stage=self.name):
             return await self._batcher.submit(call, deadline=time.monotonic() + left_s, size=len(table), key=key)
 
@@ -89,20 +105,24 @@ class StageReplica:
             version = await asyncio.to_thread(stated_version, uri)
             if version not in self._servers:
                 self._servers[version] = await asyncio.to_thread(checked_stage, uri, self.name)
-            self._asked[version] = time.monotonic()
+            self._keep(version, PREPARED_S)
             return version
 
+    def _keep(self, version: str, seconds: float) -> None:
+        self._kept_until[version] = max(self._kept_until.get(version, 0.0), time.monotonic() + seconds)
+
     async def refuse(self, uri: str) -> None:
-        """Lets go of a bundle that was prepared in vain."""
+        """Lets go of a bundle that was prepared in vain, also of one that is still being loaded."""
         with suppress(RaycascadeError):
-            await self.forget(await asyncio.to_thread(stated_version, uri))
+            async with self._loading:
+                await self.forget(await asyncio.to_thread(stated_version, uri))
 
     async def forget(self, version: str) -> None:
         """Lets go of a version, unless it is the only one or released."""
         found = await asyncio.to_thread(read_release, self._release)
         if len(self._servers) > 1 and (found is None or found.version != version):
             self._servers.pop(version, None)
-            self._asked.pop(version, None)
+            self._kept_until.pop(version, None)
 
     def look(self) -> None:
         """Begins to look at the release, unless that is going on: loads what is released, forgets what is not."""
@@ -116,11 +136,15 @@ class StageReplica:
                 return
             if found.version not in self._servers:
                 await self.prepare(found.bundle)
-            idle = time.monotonic() - KEPT_S
-            for version in [one for one, asked in self._asked.items() if asked < idle and one != found.version]:
+            if found.version != self._released:  # some gateways may still have to change over
+                self._released = found.version
+                for version in self._servers:
+                    self._keep(version, KEPT_S)
+            now = time.monotonic()
+            for version in [one for one in self._servers if self._kept_until.get(one, 0.0) < now]:
                 await self.forget(version)
-        except RaycascadeError as error:
-            logger.error("stage %s cannot follow the release: %s", self.name, error)
+        except Exception as error:
+            _complain(f"stage {self.name}", error)
 
     async def _run_batch(self, calls: list[_Call], deadline: float) -> list[Survivors]:
         del deadline  # a computation that has begun is not interrupted
@@ -178,6 +202,7 @@ class GatewayReplica:
         self.gateway = Gateway(bundle, stages_of(bundle, self._lanes), options, telemetry=self._telemetry,
                                traffic=self._traffic, lanes=self._lanes)
         self.gateway.active.checked = _check_here(bundle, whole=options.mode == "fused")
+        self._kept_until: dict[str, float] = {}  # of versions that are prepared and not served
         self._loading = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
 
@@ -189,9 +214,15 @@ class GatewayReplica:
             if version not in self.gateway.versions.held:
                 bundle = await asyncio.to_thread(self._load, uri)
                 model = ServedModel(bundle, self._stages_of(bundle, self._lanes), self._options, self._lanes)
-                model.checked = await asyncio.wait_for(
-                    model.passes_selfcheck(deadline=time.monotonic() + CHECK_S), CHECK_S)
+                try:
+                    async with asyncio.timeout(CHECK_S):
+                        model.checked = await model.passes_selfcheck(deadline=time.monotonic() + CHECK_S)
+                except TimeoutError:
+                    raise NotReady(f"{uri}: the self-check through all stages was not done in {CHECK_S:g} s; the old "
+                                   "bundle is served; try again when there is less to do") from None
                 self.gateway.versions.add(model)
+            if version != self.gateway.active.version:
+                self._kept_until[version] = time.monotonic() + PREPARED_S
             return version
 
     async def activate(self, version: str) -> None:
@@ -200,13 +231,15 @@ class GatewayReplica:
             self.look()
         elif self.gateway.active.version != version:
             self.gateway.activate(version)
+            self._kept_until.pop(version, None)
             self._telemetry.swap("swapped")
 
     async def refuse(self, uri: str) -> None:
-        """Counts a deployment that did not come to be, and lets go of its bundle."""
+        """Counts a deployment that did not come to be, and lets go of its bundle, also where it is still loading."""
         self._telemetry.swap("refused")
         with suppress(RaycascadeError):
-            await self.retire(await asyncio.to_thread(stated_version, uri), 0.0)
+            async with self._loading:
+                await self.retire(await asyncio.to_thread(stated_version, uri), 0.0)
 
     async def release_to(self, uri: str, version: str) -> None:
         """Writes the release: from now on replicas that start, or look, serve this version."""
@@ -217,14 +250,16 @@ class GatewayReplica:
         return await self.gateway.versions.retire(version, timeout_s=timeout_s)
 
     def look(self) -> None:
-        """Begins to look at the release, unless that is going on, and changes over to what it says."""
+        """Begins to look at the release, unless that is going on: changes over to what it says, and lets go of what is
+        neither served nor about to be."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.get_running_loop().create_task(self._follow())
 
-    def close(self) -> None:
-        """Writes what the traffic log holds; blocks."""
+    async def close(self) -> None:
+        """Ends the connections of the user store and writes what the traffic log holds."""
+        await self.gateway.users.close()
         if self._traffic is not None:
-            self._traffic.close()
+            await asyncio.to_thread(self._traffic.close)
 
     async def _follow(self) -> None:
         try:
@@ -233,9 +268,12 @@ class GatewayReplica:
             if found is not None and found.version != active:
                 await self.prepare(found.bundle)
                 await self.activate(found.version)
-                await self.retire(active, self._options.deadline_ms / 1000 + CHECK_S)
-        except (RaycascadeError, TimeoutError) as error:
-            logger.error("the gateway cannot follow the release: %s", error)
+            now = time.monotonic()
+            for version in self.gateway.versions.held:
+                if self._kept_until.get(version, 0.0) < now:
+                    await self.retire(version, LONGEST_S)
+        except Exception as error:
+            _complain("the gateway", error)
 
     def _load(self, uri: str) -> Bundle:
         bundle = load_bundle(uri, served=None if self._options.mode == "fused" else ())
@@ -244,6 +282,12 @@ class GatewayReplica:
             require_same_stages(bundle, self._names)
         len(bundle.users.table)  # read now, not with the first request
         return bundle
+
+
+def _complain(who: str, error: Exception) -> None:
+    """One line in the log for what somebody outside can mend; all of it for a mistake of ours."""
+    expected = isinstance(error, RaycascadeError | OSError)
+    logger.error("%s cannot follow the release: %s", who, error, exc_info=None if expected else error)
 
 
 def _check_here(bundle: Bundle, *, whole: bool) -> bool:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from raycascade.errors import DeadlineExceeded, NotReady, Overloaded
+from raycascade.errors import DeadlineExceeded, Overloaded
 
 
 class Slots:
@@ -20,8 +20,6 @@ class Slots:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._queued = 0
         self._seconds = 0.0  # a moving mean of what a request takes
-        self._closed = False
-        self._empty = asyncio.Event()
 
     @property
     def taken(self) -> int:
@@ -36,7 +34,7 @@ class Slots:
     @asynccontextmanager
     async def taking(self, count: int = 1, *, deadline: float) -> AsyncIterator[None]:
         """Room for so many requests. Overloaded where the queue is full, DeadlineExceeded where their time is over
-        before there is room, NotReady once the door is closed."""
+        before there is room."""
         await self._enter(count, deadline)
         started = time.monotonic()
         try:
@@ -46,21 +44,7 @@ class Slots:
             self._taken -= count
             self._let_in()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Closes the door and waits for the requests inside; whether all have ended in time."""
-        self._closed = True
-        if not self._taken and not self._waiting:
-            return True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
-
     async def _enter(self, count: int, deadline: float) -> None:
-        if self._closed:
-            raise NotReady("this replica is about to stop; send the request again")
         if (left_s := deadline - time.monotonic()) <= 0:
             raise DeadlineExceeded("the request's time was over before it was begun; give it more")
         if not self._waiting and self._fits(count):
@@ -96,8 +80,6 @@ class Slots:
             if not turn.done():
                 self._taken += count
                 turn.set_result(None)
-        if self._closed and not self._taken and not self._waiting:
-            self._empty.set()
 
     def _retry_after_s(self) -> int:
         return max(1, min(60, math.ceil(self._queued * self._seconds / self._most)))

@@ -18,6 +18,7 @@ from raycascade.batch import Batch
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.cascade import StageOutcome, search_margin
 from raycascade.errors import DeadlineExceeded, NotReady, Overloaded
+from raycascade.ragged import Ragged
 from raycascade.schema import PADDING
 from raycascade.serving.batching import Batcher
 from raycascade.serving.breaker import Breaker
@@ -170,11 +171,11 @@ class RemoteStage:
 
     def __init__(
         self, name: str, call: Callable[[bytes, Survivors | None, float], Awaitable[Survivors]],
-        alive: Callable[[], Awaitable[bool]], options: StageOptions | None = None,
+        alive: Callable[[], Awaitable[bool]], options: StageOptions | None = None, *, breaker: Breaker | None = None,
     ) -> None:
         options = options or StageOptions()
         self._name, self._call, self._alive = name, call, alive
-        self._breaker = Breaker()
+        self._breaker = breaker or Breaker()
         self._batcher = Batcher(self._run_batch, options=options.batch, in_flight=2 * options.most_replicas,
                                 max_queued=options.max_queued, name=name)
 
@@ -195,7 +196,9 @@ class RemoteStage:
         left_s = deadline - time.monotonic()
         try:
             survivors = await self._twice(message, before, deadline)
-        except (NotReady, Overloaded):
+        except Overloaded:
+            raise  # many calls are no sign of a stage that is gone
+        except NotReady:
             self._breaker.failed()
             raise
         except (DeadlineExceeded, asyncio.CancelledError):
@@ -251,6 +254,13 @@ def pack(requests: pa.Table, *, version: str = "", request_ids: Sequence[str] = 
 def unpack(message: bytes) -> pa.Table:
     """The inverse of `pack`."""
     return pa.ipc.open_stream(message).read_all()
+
+
+def most_excluded(requests: pa.Table) -> int:
+    """The length of the longest list of items that one of some encoded requests excludes."""
+    if "exclude" not in requests.column_names:
+        return 0
+    return int(Ragged.from_arrow(requests["exclude"]).lengths_Q.max(initial=0))
 
 
 def version_of(requests: pa.Table) -> str:
