@@ -39,11 +39,12 @@ LOGS = {
     "simulated": Log(
         dataset={"name": "simulated", "num_items": 4_000, "num_users": 3_000},
         splits={"test_from": "2024-01-08"},
-        train={"epochs": 3, "batch_size": 256, "lr": 2e-3, "final_lr": 0.1, "warmup_steps": 20, "positives_only": True,
+        train={"epochs": 2, "batch_size": 256, "lr": 2e-3, "final_lr": 0.1, "warmup_steps": 20, "positives_only": True,
                "negatives": {"per_request": 24, "source": "uniform"}}),
     "kuairand": Log(
         dataset={"name": "kuairand"},
-        splits={"test_from": "2022-04-30", "test_until": "2022-05-01", "utc_offset_hours": 8},
+        splits={"train_from": "2022-04-26", "test_from": "2022-04-30", "test_until": "2022-05-01",
+                "utc_offset_hours": 8},
         train={"epochs": 1, "batch_size": 256, "lr": 1e-3, "final_lr": 0.1, "warmup_steps": 50, "positives_only": True,
                "negatives": {"per_request": 64, "source": "popularity"}},
         needs_raw=True),
