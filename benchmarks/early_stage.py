@@ -75,7 +75,8 @@ class Bench:
             train["max_steps"] = self.options.max_steps
         return parse_config({
             "paths": {"shards": str(self.folder / "shards")}, "dataset": log.dataset, "splits": log.splits,
-            "stages": [stage_of(name, self.shards.state.schema) for name in stages], "lists": {"k": 10}, "train": train,
+            "stages": [stage_of(name, log, self.shards.state.schema) for name in stages], "lists": {"k": 10},
+            "train": train,
             "evaluate": {"max_requests": self.options.requests, "popularity_hours": 48},
         }, where="benchmark")
 

@@ -31,15 +31,19 @@ Modules = tuple[ModuleType, ModuleType]
 
 def test_every_arm_makes_a_valid_cascade_and_sees_nothing_of_an_item_that_a_moment_changes(modules: Modules):
     arms = modules[0]
-    for schema in (Simulated(Simulated.Config()).schema(), KuairandDataset(KuairandDataset.Config(), raw="").schema()):
+    schemas = {"simulated": Simulated(Simulated.Config()).schema(),
+               "kuairand": KuairandDataset(KuairandDataset.Config(), raw="").schema()}
+    for data, schema in schemas.items():
+        log = arms.LOGS[data]
         timed = arms.timed_features(schema)
         assert len(timed) >= 2
         for arm in arms.ARMS:
-            stages = [arms.stage_of(name, schema) for name in ("retriever", arm, "ranker")]
+            stages = [arms.stage_of(name, log, schema) for name in ("retriever", arm, "ranker")]
             config = parse_config({"dataset": {"name": "simulated"}, "stages": stages}, where="test")
             assert tuple(stage.name for stage in config.stages) == arms.STAGES
             assert tuple(stage.keep for stage in config.stages) == arms.KEEPS
-            assert set(timed) < set(config.stages[1].exclude)
+            assert {*timed, *log.left_out} < set(config.stages[1].exclude)
+            assert {feature.name for feature in schema.features} >= {*log.left_out}
 
 
 def test_a_gesr_without_a_part_differs_in_that_part_alone(modules: Modules):
