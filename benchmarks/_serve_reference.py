@@ -28,6 +28,7 @@ from raycascade.bundle import Bundle, load_bundle
 
 BUNDLE_VARIABLE = "RAYCASCADE_BENCHMARK_BUNDLE"
 THREADS = 2  # more, or computing in the event loop itself, is slower
+PATIENCE_S = 300  # a worker that takes longer to load than uvicorn waits would be killed and begun again, for ever
 NOTHING: dict[str, Tensor] = {}
 
 
@@ -148,7 +149,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ[BUNDLE_VARIABLE] = options.bundle
     uvicorn.run("_serve_reference:app", factory=True, host="127.0.0.1", port=options.port, workers=options.workers,
-                access_log=False, log_level="warning", app_dir=os.path.dirname(os.path.abspath(__file__)))
+                access_log=False, log_level="warning", timeout_worker_healthcheck=PATIENCE_S,
+                app_dir=os.path.dirname(os.path.abspath(__file__)))
 
 
 if __name__ == "__main__":

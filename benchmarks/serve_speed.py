@@ -18,6 +18,7 @@ it. Exit status 1: a bar is missed, or an answer is wrong. `--small` looks at th
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -186,6 +187,7 @@ def main() -> int:
     if options.small:
         options.rounds, options.requests = 1, 20
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with this process
     with tempfile.TemporaryDirectory(prefix="rc", ignore_cleanup_errors=True) as folder:
         try:
             line = run(Path(folder), SMALL if options.small else FULL, options)
