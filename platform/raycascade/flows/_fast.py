@@ -43,8 +43,8 @@ def set_environment(*, fast: bool) -> None:
 
 
 def _own_places() -> dict[str, str]:
-    """Files and ports of HAProxy that no other server of this machine has; they are fixed otherwise, and a second server
-    takes the first one's away."""
+    """Files and ports of HAProxy that no other server of this machine has: they are fixed otherwise, and a second server
+    takes those of the first."""
     folder = Path(tempfile.mkdtemp(prefix="raycascade-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     places = {"CONFIG_FILE_LOC": folder / "haproxy.cfg", "SOCKET_PATH": folder / "admin", "SERVER_STATE_BASE": folder,
