@@ -43,7 +43,7 @@ def set_environment(*, fast: bool) -> None:
 
 
 def _own_places() -> dict[str, str]:
-    """Files and ports of HAProxy that no other server of this machine has: they are fixed otherwise, and a second server
+    """Files and ports of HAProxy that no other server of this machine has. They are fixed otherwise: a second server
     takes those of the first."""
     folder = Path(tempfile.mkdtemp(prefix="raycascade-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
