@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from _serve_processes import Server, environment, free_port, tree_of
+from _serve_processes import Server, environment, free_port, ray_of_its_own, tree_of
 
 CLI = (sys.executable, "-c", "import sys; from raycascade.cli import main; sys.exit(main())")
 START_S = 60.0
@@ -29,15 +29,11 @@ class Deployment(contextlib.AbstractContextManager["Deployment"]):
     def __init__(self, folder: Path, bundle: str, *, mode: str, options: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._log, self._admin = folder / "serve.log", folder / "admin"
-        # HAProxy has fixed places otherwise, which another server on this machine may have.
-        places = {"CONFIG_FILE_LOC": folder / "haproxy.cfg", "SOCKET_PATH": self._admin, "SERVER_STATE_BASE": folder,
-                  "SERVER_STATE_FILE": folder / "state", "METRICS_SOCKET_PATH": folder / "metrics",
-                  "METRICS_PORT": free_port(), "STATS_PORT": free_port()}
-        self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        variables = ray_of_its_own(folder)
+        self._token = {name: value for name, value in variables.items() if name.startswith("RAY_AUTH")}
         self._server = Server(
             [*CLI, "serve", bundle, "--mode", mode, "--port", str(free_port()), *options], self._log,
-            variables={**self._token, "RAY_TMPDIR": str(folder),
-                       **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in places.items()}})
+            variables={**variables, "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self._admin)})
         self.url, self.address = "", ""
 
     def __enter__(self) -> "Deployment":

@@ -93,14 +93,9 @@ class Server(AbstractContextManager["Server"]):
 
 
 def ray_of_its_own(folder: Path) -> dict[str, str]:
-    """Variables of a local Ray beside any others of this machine: a token, and files and ports of its own. HAProxy has
-    fixed ones otherwise. The folder needs a short name, for Ray keeps its sockets below it."""
-    haproxy = {"CONFIG_FILE_LOC": folder / "haproxy.cfg", "SOCKET_PATH": folder / "admin", "SERVER_STATE_BASE": folder,
-               "SERVER_STATE_FILE": folder / "state", "METRICS_SOCKET_PATH": folder / "metrics",
-               "METRICS_PORT": free_port(), "STATS_PORT": free_port()}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(folder),
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(START_S / 4),  # 5 otherwise: too few on a busy machine
-            **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in haproxy.items()}}
+    """Variables of a local Ray beside any others of this machine: a token, and files of its own. The folder needs a
+    short name, for Ray keeps its sockets below it."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(folder)}
 
 
 def raycascade(bundle: str, mode: str, folder: Path, *, cores: Sequence[int] = ()) -> Server:

@@ -16,6 +16,7 @@ FAST = {
 }
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 otherwise: too few on a busy machine, where Ray then gives up
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # 10 otherwise: three misses, and the endpoint is back
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 otherwise: so long Ctrl-C would take
     # A gateway that dies with requests leaves them to another one: every endpoint may be asked twice. HAProxy asks
