@@ -6,7 +6,6 @@ Replicas are found among the descendants of the server, so that nobody else's ar
 import asyncio
 import contextlib
 import re
-import secrets
 import shutil
 import socket
 import subprocess
