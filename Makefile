@@ -27,9 +27,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole system on simulated data, then one served request
 	$(BIN)/raycascade demo
 
-test: $(READY)  ## every test: unit and contract on all cores, then those that start Ray
-	$(BIN)/pytest -n auto --dist worksteal tests/unit tests/contract
-	$(BIN)/pytest tests/flow tests/serve
+test: $(READY)  ## every test: those without Ray on all cores, then those that start it, on two clusters
+	$(BIN)/pytest -n auto --dist worksteal -m "not ray"
+	$(BIN)/pytest -n 2 --dist loadfile -m ray
 
 check: $(READY)  ## lint, types and the direction of imports
 	$(BIN)/ruff check
