@@ -27,9 +27,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole system on simulated data, then one served request
 	$(BIN)/raycascade demo
 
-test: $(READY)  ## every test: unit and contract on all cores, then those that start Ray
+test: $(READY)  ## every test: those without Ray on all cores, then those that start it, on two clusters
 	$(BIN)/pytest -n auto --dist worksteal tests/unit tests/contract
-	$(BIN)/pytest tests/flow tests/serve
+	$(BIN)/pytest -n 2 --dist loadfile tests/flow tests/serve
 
 check: $(READY)  ## lint, types and the direction of imports
 	$(BIN)/ruff check

@@ -1,4 +1,5 @@
-"""One Ray cluster for the whole session, small and quick to start; fixed seeds and one thread for every test.
+"""One Ray cluster for all tests of a process of pytest, small and quick to start; fixed seeds and one thread for every
+test.
 
 The environment is set while this file is imported, which is before any test imports Ray.
 """

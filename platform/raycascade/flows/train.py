@@ -15,6 +15,7 @@ from raycascade.bundle import Bundle, build_index, remember_latest, save_bundle
 from raycascade.cascade import Cascade
 from raycascade.config import Config
 from raycascade.errors import ConfigError, RaycascadeError
+from raycascade.flows._board import Board
 from raycascade.flows._boosting import fit_on_ray
 from raycascade.indexes import ItemIndex
 from raycascade.progress import ProgressLine
@@ -115,7 +116,7 @@ def _fit_on_ray(config: Config, cascade: Cascade, *, fitted: str) -> Progress:
 
     gpu = torch.cuda.is_available() if config.train.gpu is None else config.train.gpu
     cores = max(1, (os.cpu_count() or 1) // config.train.workers)
-    board: Any = ray.remote(num_cpus=0)(_Board).remote()
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
     trainer = TorchTrainer(
         _worker, train_loop_config={"config": config.model_dump(mode="json"), "threads": cores, "board": board,
                                     "fitted": fitted},
@@ -186,26 +187,6 @@ def _train_here(options: dict[str, Any], place: Place) -> None:
             ray.train.report({"step": progress.total_steps}, checkpoint=held)
 
     fit(run, progress, report)
-
-
-class _Board:
-    """Where rank 0 posts how far it is, and what a user has to mend; the driver reads it."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[int, int, int, int, float] | None = None
-        self.failure: tuple[str, str] | None = None
-
-    def post(self, latest: tuple[int, int, int, int, float]) -> None:
-        self.latest = latest
-
-    def fail(self, kind: str, message: str) -> None:
-        self.failure = self.failure or (kind, message)
-
-    def read(self) -> tuple[int, int, int, int, float] | None:
-        return self.latest
-
-    def read_failure(self) -> tuple[str, str] | None:
-        return self.failure
 
 
 def _watch(board: Any, epochs: int, stop: threading.Event) -> None:
