@@ -174,14 +174,20 @@ class LocalStage:
 
 
 def run_ahead(requests: Sequence[OneRequest], stages: Sequence[LocalStage], *, deadline: float) -> None:
-    """Takes requests, all of one group in its order, through stages of this process without a way back to the event
-    loop between them: half of what such a request costs beside its models. As far as nothing stands in the way: what
-    cannot be one batch, is late, or fails is left to the stages themselves, which say so. Blocks."""
-    group, before = requests[0].group, None
-    if len(requests) > min(stage.most for stage in stages):
-        return
-    if len({request.key(searching=True) for request in requests}) > 1:
-        return
+    """Takes requests of one group through stages of this process without a way back to the event loop between them:
+    half of what such a request costs beside its models. As far as nothing stands in the way: what no stage would take
+    as one batch, is late, or fails is left to the stages themselves, which say so. Blocks."""
+    batches: dict[Hashable, list[OneRequest]] = {}
+    for request in requests:
+        batches.setdefault(request.key(searching=True), []).append(request)
+    most = min(stage.most for stage in stages)
+    for batch in batches.values():
+        if len(batch) <= most:
+            _run_batch_ahead(batch, stages, deadline=deadline)
+
+
+def _run_batch_ahead(requests: Sequence[OneRequest], stages: Sequence[LocalStage], *, deadline: float) -> None:
+    group, before = together(requests), None
     for stage in stages:
         if (started := time.monotonic()) >= deadline:
             return
