@@ -133,7 +133,7 @@ def test_the_model_and_the_probes_answer(url: str, keys: Keys):
 
 def test_without_a_valid_key_only_probes_and_the_page_are_answered(urls: dict[str, str], keys: Keys):
     url = urls["fused"]
-    for headers in ({}, {"x-api-key": keys.free[:-1]}, {"authorization": "Bearer "}):
+    for headers in ({}, {"x-api-key": keys.free[:-1]}, {"authorization": "Bearer"}):
         reply = httpx.post(f"{url}/v1/recommend", json={"user_id": 100}, timeout=30.0, headers=headers)
         assert (reply.status_code, reply.headers["content-type"]) == (401, "application/problem+json"), reply.text
     for path in ("/healthz", "/readyz", "/openapi.json"):
