@@ -84,7 +84,7 @@ def version(url: str) -> str:
 
 def replicas() -> dict[str, dict[str, int]]:
     deployments = serve.status().applications[APP].deployments
-    return {name: {state.value: count for state, count in one.replica_states.items()}
+    return {name: dict(one.replica_states)
             for name, one in deployments.items()}
 
 
