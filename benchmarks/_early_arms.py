@@ -1,7 +1,10 @@
 """The early-stage rankers that are compared, the stages around them, and what each log needs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from raycascade.schema import AgeFeature, CountFeature, FeatureSchema
 
@@ -22,6 +25,7 @@ BASE = "two_tower"
 CACHED_BASE = "gesr, towers alone"  # the same score as two_tower, by the items' vectors of the bundle
 STAGES = ("retriever", "pre_ranker", "ranker")
 KEEPS = (500, 100, 20)
+KUAIRAND = yaml.safe_load((Path(__file__).parent.parent / "configs" / "kuairand.yaml").read_text())["stages"][0]
 LISTWISE = {"name": "softmax", "label": "long_view", "negatives": "unobserved"}
 
 
@@ -44,16 +48,13 @@ LOGS = {
         train={"epochs": 2, "batch_size": 256, "lr": 2e-3, "final_lr": 0.1, "warmup_steps": 20, "positives_only": True,
                "negatives": {"per_request": 24, "source": "uniform"}},
         retriever=ARMS[BASE]),
-    "kuairand": Log(  # retriever and what is left out: as in configs/kuairand.yaml
+    "kuairand": Log(  # its retriever is that of configs/kuairand.yaml, and so is what is left out
         dataset={"name": "kuairand"},
         splits={"train_from": "2022-04-26", "test_from": "2022-04-30", "test_until": "2022-05-01",
                 "utc_offset_hours": 8},
         train={"epochs": 2, "batch_size": 256, "lr": 2e-3, "final_lr": 0.1, "warmup_steps": 50, "positives_only": True,
                "negatives": {"per_request": 32, "source": "popularity"}},
-        retriever={"name": "two_tower", "similarity": "dot", "dim": 32, "vector_dim": 64, "hidden": (256,),
-                   "item_hidden": (), "activation": "gelu", "dropout": 0.1, "item_bias": True,
-                   "user_history": "recency", "history_by": "watched"},
-        left_out=("user_id", "tab", "hour", "weekday"), needs_raw=True),
+        retriever=KUAIRAND["model"], left_out=tuple(KUAIRAND["exclude"][1:]), needs_raw=True),
 }
 
 
