@@ -13,6 +13,7 @@ import pytest
 from raycascade.serving.logs import (
     FACTS,
     MOST_CHARACTERS,
+    JsonLines,
     log_json,
     request_id,
     request_in,
@@ -49,11 +50,12 @@ def test_a_record_is_one_line_with_the_moment_and_where_it_comes_from(stream: io
     assert line["time"].endswith("Z")
 
 
-def test_line_breaks_and_other_characters_stay_inside_the_line(stream: io.StringIO):
-    logger.info("one\ntwo\u2028three \ud800 \"four\" \x00")
-    assert stream.getvalue().count("\n") == 1
-    assert stream.getvalue().isascii()
-    assert lines(stream)[0]["message"] == "one\ntwo\u2028three \ud800 \"four\" \x00"
+def test_line_breaks_and_other_characters_stay_inside_the_line():
+    message = "one\ntwo\u2028three \ud800 \"four\" \x00"  # not logged: pytest could not pass it on
+    line = JsonLines().format(logging.LogRecord("raycascade", logging.INFO, "here.py", 1, message, None, None))
+    assert "\n" not in line
+    assert line.isascii()
+    assert json.loads(line)["message"] == message
 
 
 def test_everything_inside_a_request_has_its_id_in_threads_too(stream: io.StringIO):
