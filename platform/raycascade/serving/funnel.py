@@ -29,14 +29,14 @@ async def descend(model: ServedModel, request: OneRequest, *, deadline: float, t
     """The passage of an encoded request; a ServingError where the first stage does not answer and nothing stands in."""
     passage, came_in = Passage(), model.bundle.items.num_items
     for name, stage in model.stages.items():
-        started = time.monotonic()
+        started, ahead = time.monotonic(), request.ahead.get(name)
         try:
-            survivors = await stage.run(request, passage.final, deadline=deadline)
+            survivors = ahead.survivors if ahead else await stage.run(request, passage.final, deadline=deadline)
         except Exception as error:
             _degrade(passage, name, error, model, request)
             telemetry.degraded(name, str(passage.reason))
             break
-        seconds = time.monotonic() - started
+        seconds = ahead.seconds if ahead else time.monotonic() - started
         passage.timings_ms[name] = round(seconds * 1000, 3)
         passage.passed[name] = passage.final = survivors
         went_out = int((survivors.rows_QK != 0).sum())

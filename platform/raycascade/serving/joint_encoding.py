@@ -10,12 +10,13 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from raycascade.bundle import Bundle
+from raycascade.errors import DeadlineExceeded
 from raycascade.serving.answers import UserSource
 from raycascade.serving.batching import Batcher
 from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import StageOptions
 from raycascade.serving.requests import Query
-from raycascade.serving.stages import EncodedRequests, OneRequest
+from raycascade.serving.stages import EncodedRequests, LocalStage, OneRequest, run_ahead
 from raycascade.serving.user_rows import Encoded, encode_queries
 from raycascade.serving.users import UserState
 
@@ -63,18 +64,21 @@ class _Call:
     state: UserState | None
     available: bool  # whether the user store was
     request_id: str
+    deadline: float
     entry: Entry | None = None  # once it is encoded
 
 
 class JointEncoder:
     """Encodes with one bundle, in a thread; queries that come while another batch is encoded go together. With `waves`,
     at most so many batches are between here and their answers: where the stages compute in this process, a few large
-    batches cost less than many small ones. None: any number."""
+    batches cost less than many small ones. None: any number. `near`: the stages that compute here; a batch that is
+    encoded goes through them in the same thread."""
 
     def __init__(
-        self, bundle: Bundle, options: StageOptions, *, lanes: Lanes | None = None, waves: int | None = None
+        self, bundle: Bundle, options: StageOptions, *, lanes: Lanes | None = None, waves: int | None = None,
+        near: Sequence[LocalStage] = (),
     ) -> None:
-        self._bundle, self._lanes = bundle, lanes or Lanes()
+        self._bundle, self._lanes, self._near = bundle, lanes or Lanes(), near
         self._batcher = Batcher(self._run, options=options.batch, in_flight=waves or 1, max_queued=options.max_queued,
                                 name="encode", settled=_until_over if waves else None)
 
@@ -82,9 +86,13 @@ class JointEncoder:
         self, query: Query, state: UserState | None, *, available: bool, request_id: str, deadline: float
     ) -> Entry:
         """The encoded query. DataError where it does not fit the bundle, whatever it was encoded with."""
-        call = _Call(query, state, available, request_id)
+        call = _Call(query, state, available, request_id, deadline)
         try:
             entry = await self._batcher.submit(call, deadline=deadline, key=available)
+        except DeadlineExceeded:
+            if call.entry is None:
+                raise
+            entry = call.entry  # its time is over in the middle of the stages here: some may have let it through
         except asyncio.CancelledError:
             if call.entry is not None:  # it came in the moment when it was given up
                 call.entry.leave()
@@ -95,10 +103,7 @@ class JointEncoder:
 
     async def _run(self, calls: list[_Call], deadline: float) -> Sequence[Entry | Exception]:
         del deadline
-        found = await self._lanes.run(self._encode, calls)
-        for call, entry in zip(calls, found, strict=True):
-            call.entry = entry if isinstance(entry, Entry) else None
-        return found
+        return await self._lanes.run(self._encode, calls)
 
     def _encode(self, calls: list[_Call]) -> Sequence[Entry | Exception]:
         try:
@@ -109,7 +114,12 @@ class JointEncoder:
             if len(calls) == 1:
                 return [error]
             return [entry for call in calls for entry in self._encode([call])]
-        return self._entries(encoded)
+        entries = self._entries(encoded)
+        for call, entry in zip(calls, entries, strict=True):
+            call.entry = entry
+        if self._near:
+            run_ahead([entry.request for entry in entries], self._near, deadline=min(call.deadline for call in calls))
+        return entries
 
     def _entries(self, encoded: Encoded) -> list[Entry]:
         group = EncodedRequests(encoded.table, self._bundle)

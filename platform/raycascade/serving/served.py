@@ -19,7 +19,7 @@ from raycascade.serving.joint_encoding import JointEncoder
 from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.requests import ids_as
-from raycascade.serving.stages import EncodedRequests, OneRequest, Stage, Survivors
+from raycascade.serving.stages import EncodedRequests, LocalStage, OneRequest, Stage, Survivors
 
 
 class ServedModel:
@@ -34,8 +34,11 @@ class ServedModel:
         self.stages = stages
         self.version = bundle.version
         options = options or ServeOptions()
+        fused = options.mode == "fused"
+        near = [stage for stage in stages.values() if type(stage) is LocalStage]  # others answer in their own way
         self.encoder = JointEncoder(bundle, options.stage("default"), lanes=lanes,
-                                    waves=options.gateway.waves if options.mode == "fused" else None)
+                                    waves=options.gateway.waves if fused else None,
+                                    near=near if fused and len(near) == len(stages) else ())
         self.checked = False  # whether a self-check was passed
         self.num_running = 0  # requests that are on their way
 
