@@ -9,7 +9,7 @@ import pytest
 
 from raycascade.bundle import Bundle, load_bundle
 from raycascade.errors import DataError
-from raycascade.serving import gateway as gateway_module, joint_encoding
+from raycascade.serving import gateway as gateway_module, joint_encoding, lanes as lanes_module
 from raycascade.serving.context import RequestContext
 from raycascade.serving.gateway import MOST_EXPLAINED, Gateway
 from raycascade.serving.joint_encoding import Entry, JointEncoder, Wave
@@ -50,6 +50,42 @@ class Work:
 
 
 # ---------------------------------------------------------------- lanes
+def test_small_work_is_done_in_the_loop_itself_once_it_is_known_to_be_short_and_no_thread_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async def work() -> None:
+        lanes, here = Lanes(1), threading.current_thread().name
+
+        async def thread(*, small: bool = True) -> str:
+            return await lanes.run(lambda: threading.current_thread().name, small=small)
+
+        assert await thread() != here  # nobody knows yet how long it takes
+        assert await thread() == here
+        assert await thread(small=False) != here
+        held = Work()
+        busy = asyncio.create_task(lanes.run(held))
+        await until(held.begun.is_set)
+        waiting = asyncio.create_task(thread())
+        await asyncio.sleep(0)
+        held.gate.set()
+        assert await waiting == await busy != here
+        assert await thread() == here
+        monkeypatch.setattr(lanes_module, "HERE_S", 0.0)  # whatever it takes is too long
+        assert await thread() != here
+
+    run(work)
+
+
+def test_what_small_work_raises_in_the_loop_is_raised():
+    async def work() -> None:
+        lanes = Lanes(1)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                await lanes.run(lambda: 1 // 0, small=True)
+
+    run(work)
+
+
 def test_whoever_is_alone_gets_the_same_thread_and_others_one_that_is_free():
     async def work() -> None:
         lanes = Lanes(2)

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from raycascade import storage
+from raycascade.batch import Batch
 from raycascade.bundle import Bundle, add_to_manifest, load_bundle, stated_version
 from raycascade.errors import BundleError, ConfigError, NotReady
 from raycascade.serving import replicas
@@ -137,15 +139,17 @@ def test_a_request_on_its_way_keeps_its_version_and_holds_it(
     uris: dict[str, str], versions: dict[str, str], tmp_path: Path
 ):
     replica = fused_replica(uris["one"], str(tmp_path / "release.json"))
-    gate = asyncio.Event()
+    gate = threading.Event()
 
-    class Held(LocalStage):
-        async def run(self, request: Any, before: Survivors | None, *, deadline: float) -> Survivors:
-            await gate.wait()
-            return await super().run(request, before, deadline=deadline)
+    class Held(StageServer):
+        def run(self, batch: Batch, before: Survivors | None) -> Survivors:
+            assert gate.wait(60.0)
+            return super().run(batch, before)
 
     old = replica.gateway.active
-    old.stages = {**old.stages, "ranker": Held(StageServer(old.bundle, "ranker"))}
+    ranker = old.stages["ranker"]
+    assert isinstance(ranker, LocalStage)
+    ranker.server = Held(old.bundle, "ranker")
 
     async def work() -> None:
         waiting = asyncio.create_task(replica.gateway.recommend(Query(user_id=100)))

@@ -103,7 +103,7 @@ class JointEncoder:
 
     async def _run(self, calls: list[_Call], deadline: float) -> Sequence[Entry | Exception]:
         del deadline
-        return await self._lanes.run(self._encode, calls)
+        return await self._lanes.run(self._encode, calls, small=len(calls) == 1 and not self._near)
 
     def _encode(self, calls: list[_Call]) -> Sequence[Entry | Exception]:
         try:

@@ -151,7 +151,8 @@ class StageReplica:
         server = self._servers.get(calls[0].version)
         if server is None:
             raise Lost(f"{self.name}: version {calls[0].version} is not loaded here any more")
-        return await self._lanes.run(_compute, server, calls)
+        alone = len(calls) == 1 and len(calls[0].table) == 1
+        return await self._lanes.run(_compute, server, calls, small=alone)
 
 
 def _compute(server: StageServer, calls: list[_Call]) -> list[Survivors]:
