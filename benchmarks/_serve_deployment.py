@@ -18,6 +18,7 @@ from _serve_processes import Server, environment, free_port, ray_of_its_own, tre
 
 CLI = (sys.executable, "-c", "import sys; from raycascade.cli import main; sys.exit(main())")
 START_S = 60.0
+SOCKET = "admin"
 REPLICA = "ray::ServeReplica:raycascade:"  # begins the title of a replica's process; the name of the deployment follows
 
 
@@ -27,12 +28,12 @@ class Deployment(contextlib.AbstractContextManager["Deployment"]):
 
     def __init__(self, folder: Path, bundle: str, *, mode: str, options: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._log, self._admin = folder / "serve.log", folder / "admin"
+        self._log, self._folder = folder / "serve.log", folder
         variables = ray_of_its_own(folder)
         self._token = {name: value for name, value in variables.items() if name.startswith("RAY_AUTH")}
         self._server = Server(
             [*CLI, "serve", bundle, "--mode", mode, "--port", str(free_port()), *options], self._log,
-            variables={**variables, "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self._admin)})
+            variables={**variables, "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / SOCKET)})
         self.url, self.address = "", ""
 
     def __enter__(self) -> "Deployment":
@@ -58,8 +59,9 @@ class Deployment(contextlib.AbstractContextManager["Deployment"]):
 
     async def doors(self) -> set[str]:
         """The gateway replicas that HAProxy sends requests to, by the names that it has for them."""
+        (socket_path,) = self._folder.glob(f"*/{SOCKET}")  # Ray adds the node's id
         try:
-            reader, writer = await asyncio.open_unix_connection(str(self._admin))
+            reader, writer = await asyncio.open_unix_connection(str(socket_path))
             writer.write(b"show stat\n")
             lines = (await asyncio.wait_for(reader.read(), 5.0)).decode().splitlines()
             writer.close()

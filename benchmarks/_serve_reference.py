@@ -27,7 +27,7 @@ from raycascade.batch import Batch
 from raycascade.bundle import Bundle, load_bundle
 
 BUNDLE_VARIABLE = "RAYCASCADE_BENCHMARK_BUNDLE"
-THREADS = 2  # more, or computing in the event loop itself, is slower
+THREADS = 2  # as many as cores
 PATIENCE_S = 300  # a worker that takes longer to load than uvicorn waits would be killed and begun again, for ever
 NOTHING: dict[str, Tensor] = {}
 

@@ -77,7 +77,7 @@ class SetUp:
         stages = [f"stages.{name}.replicas={count}" for name, count in self.replicas.items() if name != "Gateway"]
         return Deployment(folder, bundle, mode=self.mode, options=[
             f"gateway.replicas={self.gateways}", "users.store=redis", f"users.url={redis.url}",
-            f"users.timeout_ms={USERS_MS}", f"deadline_ms={deadline_ms}", *stages])
+            f"users.timeout_ms={USERS_MS}", f"deadline_ms={deadline_ms}", f"release={folder / 'release'}", *stages])
 
 
 SET_UPS = (SetUp("composed, one gateway", "composed", 1), SetUp("composed, two gateways", "composed", 2),

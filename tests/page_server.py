@@ -91,7 +91,7 @@ class World:
             trace.append({"stage": stage, "keep": keep, "items": final})
         most = list(self.keeps.values())[-1]
         answer = {
-            "request_id": "5f0c6f4e8a3b4d0c9e1f2a3b4c5d6e7f", "user_id": body["user_id"],
+            "request_id": f"{len(self.seen):032x}", "user_id": body["user_id"],
             "items": final[:body.get("k", most)], "model": self.model, "version": self.version, "known_user": True,
             "user_source": "store", "degraded": self.degraded_at is not None}
         if self.degraded_at:

@@ -12,6 +12,7 @@ from raycascade.serving.telemetry import METRICS, SECONDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+STAGE, TAKEN_S = "measured", (0.012, 0.02, 0.02)
 WAIT_S = 90.0  # a node exports every ten seconds; a busy machine takes longer
 
 
@@ -50,30 +51,33 @@ def replica_class() -> Any:
             from raycascade.flows._metrics import RayMetrics
             from raycascade.serving.telemetry import Telemetry
 
-            self.telemetry = Telemetry(RayMetrics(), stages=("retriever",), every_s=0.5)
+            self.telemetry = Telemetry(RayMetrics(), stages=(STAGE,), every_s=0.5)
 
         def work(self) -> None:
             self.telemetry.model("abc")
-            for seconds in (0.012, 0.02, 0.02):
-                self.telemetry.request("ok", seconds)
-            self.telemetry.degraded("retriever", "deadline")
+            for seconds in TAKEN_S:
+                self.telemetry.request("failed", seconds)
+                self.telemetry.stage(STAGE, seconds, 40, 10)
+            self.telemetry.degraded(STAGE, "deadline")
 
     return Replica
 
 
 def test_every_series_is_exported_and_counts_what_a_replica_reported(ray_cluster: None):
+    """By labels that no other replica of the cluster has: its totals are of the node."""
     replica = replica_class().remote()
-    asked = ("ray_raycascade_requests_total", "outcome=ok")
-    _, before = scrape_until(lambda seen: asked in seen)
-    assert before[asked] < 1e-300  # a counter that is there before the first event, so that this one is an increase
+    failed, stage = ("ray_raycascade_requests_total", "outcome=failed"), f"stage={STAGE}"
+    _, before = scrape_until(lambda seen: failed in seen)
+    assert before[failed] < 1e-300  # a counter that is there before the first event, so that this one is an increase
     replica.work.remote()
-    text, seen = scrape_until(lambda seen: seen.get(asked) == 3 and
-                              seen.get(("ray_raycascade_request_seconds_count",)) == 3)
-    assert seen["ray_raycascade_degradations_total", "reason=deadline", "stage=retriever"] == 1
+    text, seen = scrape_until(lambda seen: seen.get(failed) == 3 and
+                              seen.get(("ray_raycascade_stage_seconds_count", stage)) == 3)
+    assert seen["ray_raycascade_degradations_total", "reason=deadline", stage] == 1
+    assert seen["ray_raycascade_candidates_in_total", stage] == 120
     assert seen["ray_raycascade_model_info", "version=abc"] == 1
-    assert seen["ray_raycascade_request_seconds_sum",] == pytest.approx(0.052)
-    buckets = [seen["ray_raycascade_request_seconds_bucket", f"le={bound}"] for bound in SECONDS]
-    assert buckets == [sum(seconds <= bound for seconds in (0.012, 0.02, 0.02)) for bound in SECONDS]
+    assert seen["ray_raycascade_stage_seconds_sum", stage] == pytest.approx(sum(TAKEN_S))
+    buckets = [seen["ray_raycascade_stage_seconds_bucket", f"le={bound}", stage] for bound in SECONDS]
+    assert buckets == [sum(seconds <= bound for seconds in TAKEN_S) for bound in SECONDS]
     names = {key[0] for key in seen}
     assert names == {f"ray_{series}" for metric in METRICS.values() for series in metric.series}
     kinds = dict(re.findall(r"^# TYPE (ray_raycascade_\w+) (\w+)$", text, flags=re.M))

@@ -84,7 +84,7 @@ def version(url: str) -> str:
 
 def replicas() -> dict[str, dict[str, int]]:
     deployments = serve.status().applications[APP].deployments
-    return {name: {state.value: n for state, n in one.replica_states.items()} for name, one in deployments.items()}
+    return {name: {str(state): n for state, n in one.replica_states.items()} for name, one in deployments.items()}
 
 
 def test_every_stage_has_the_replicas_that_its_options_ask_for(url: str):

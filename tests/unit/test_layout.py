@@ -144,3 +144,8 @@ def test_reading_a_config_imports_neither_ray_nor_torch():
 def test_importing_the_package_starts_nothing():
     code = "import sys, threading, raycascade.bundle; print('ray' in sys.modules, len(threading.enumerate()))"
     assert _python(code) == "False 1"
+
+
+def test_training_loads_xgboost_for_trees_alone():
+    code = "import sys, raycascade.flows.train, raycascade.flows.serving; print('xgboost' in sys.modules)"
+    assert _python(code) == "False"

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# A call of a stage costs a third of what it does otherwise, and HAProxy in place of a proxy in Python half of the rest.
+# Calls of stages take less of the processor in this mode, and HAProxy less than a proxy in Python.
 FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # 4 MB otherwise; long lists of candidates are more

@@ -7,11 +7,10 @@ scores as they are.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import xgboost
 from pydantic import Field as Option, model_validator
 from torch import Tensor
 
@@ -20,6 +19,9 @@ from raycascade.errors import ConfigError
 from raycascade.models._tree_columns import TreeColumns
 from raycascade.plugins import PluginConfig
 from raycascade.schema import FeatureSpace, near_miss
+
+if TYPE_CHECKING:  # its import is as long as that of torch, and most processes have no trees
+    import xgboost
 
 COLUMNS_FILE = "columns.json"
 
@@ -116,7 +118,7 @@ class Gbdt:
         """There is no attention and no gate; `importance` says what the columns do."""
         return {}
 
-    def install(self, boosters: tuple[xgboost.Booster, ...], importance: tuple[Importance, ...]) -> None:
+    def install(self, boosters: "tuple[xgboost.Booster, ...]", importance: tuple[Importance, ...]) -> None:
         """Takes fitted boosters, one a task; RuntimeError where they do not fit the columns."""
         if not len(boosters) == len(importance) == self.num_tasks:
             raise RuntimeError(f"{len(boosters)} boosters for {self.num_tasks} tasks")
@@ -156,7 +158,7 @@ class Gbdt:
     def _booster_files(self) -> list[str]:
         return ["model.ubj"] if self.num_tasks == 1 else [f"model.{task}.ubj" for task in range(self.num_tasks)]
 
-    def _with_threads(self) -> tuple[xgboost.Booster, ...]:
+    def _with_threads(self) -> "tuple[xgboost.Booster, ...]":
         """The boosters, with as many threads as torch has."""
         if self._threads != torch.get_num_threads():
             self._threads = torch.get_num_threads()
@@ -165,7 +167,9 @@ class Gbdt:
         return self.boosters
 
 
-def _booster(content: bytes, name: str) -> xgboost.Booster:
+def _booster(content: bytes, name: str) -> "xgboost.Booster":
+    import xgboost
+
     booster = xgboost.Booster()
     try:
         booster.load_model(bytearray(content))

@@ -6,11 +6,10 @@ where XGBoost knows of other workers (its collective), their histograms are adde
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xgboost
 
 from raycascade import storage
 from raycascade.batch import Batch, Targets, collate
@@ -22,6 +21,9 @@ from raycascade.shards import ShardReader, Shards
 from raycascade.training.loop import Place
 from raycascade.training.sampling import Catalogue, with_negatives
 from raycascade.truth import top_k_membership
+
+if TYPE_CHECKING:  # imported where trees are fitted: see models/gbdt.py
+    import xgboost
 
 SHAP_ROWS = 1000  # rows whose SHAP values are averaged
 MOST_LEVEL = 31  # of a grade, as XGBoost's exponential gain allows
@@ -143,7 +145,9 @@ def fit_rows(
 
 def _fit_task(
     model: Gbdt, train: TreeRows, valid: TreeRows | None, *, keep: int, seed: int, threads: int
-) -> tuple[xgboost.Booster, Importance]:
+) -> "tuple[xgboost.Booster, Importance]":
+    import xgboost
+
     options, ranks = model.config, model.config.objective == "rank:ndcg"
     if ranks:
         train, valid = train.comparable(), valid and valid.comparable()
@@ -175,15 +179,19 @@ def _parameters(options: Gbdt.Config, *, keep: int, seed: int, threads: int) -> 
 
 
 def _matrix(
-    model: Gbdt, rows: TreeRows, *, threads: int, reference: xgboost.DMatrix | None = None
-) -> xgboost.QuantileDMatrix:
+    model: Gbdt, rows: TreeRows, *, threads: int, reference: "xgboost.DMatrix | None" = None
+) -> "xgboost.QuantileDMatrix":
+    import xgboost
+
     return xgboost.QuantileDMatrix(
         rows.columns_RF, label=rows.labels_RT[:, 0], feature_types=model.columns.kinds, enable_categorical=True,
         qid=rows.request_R if model.config.objective == "rank:ndcg" else None, nthread=threads, ref=reference)
 
 
-def _importance(model: Gbdt, booster: xgboost.Booster, rows: TreeRows) -> Importance:
+def _importance(model: Gbdt, booster: "xgboost.Booster", rows: TreeRows) -> Importance:
     """Gain of the splits, and mean |SHAP| over rows that lie evenly spaced."""
+    import xgboost
+
     num_rows, num_columns = rows.columns_RF.shape
     gains = booster.get_score(importance_type="gain")
     picked = np.unique(np.linspace(0, num_rows - 1, min(SHAP_ROWS, num_rows)).astype(np.int64))
