@@ -98,6 +98,7 @@ def dies_for(*loss_names: str) -> Callable[..., Any]:
     return dying
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_was(
     compared: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -123,6 +124,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
         assert found["objectives"][label]["metrics"] == compared["objectives"][label]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_dies_is_told_and_the_others_are_kept(
     ray_cluster: None, root: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -62,6 +62,7 @@ def test_batch_scoring_and_serving_use_the_same_variant_of_float32_weights(uri: 
     assert (trained.recommend(users).final.scores_QC != final.scores_QC).any()
 
 
+@pytest.mark.slow
 def test_beyond_the_limits_nothing_is_published_and_the_run_goes_on_in_float32(ray_cluster: None, folder: Path):
     before = json.loads(Path(folder, "bundles", "latest.json").read_text()) if (folder / "bundles").exists() else None
     with pytest.raises(ExpectationError, match=r"stage 'ranker' as served \(int8\) differs from fp32") as caught:

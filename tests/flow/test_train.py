@@ -120,6 +120,7 @@ def test_two_workers_reach_the_loss_of_one_on_the_same_global_batch(one: dict[st
     assert bundle_weights(one["bundle"]).keys() == bundle_weights(two["bundle"]).keys()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_changes_nothing(
     two: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

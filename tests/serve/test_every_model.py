@@ -156,6 +156,7 @@ def urls(bundles: dict[str, Bundle]) -> Iterator[dict[str, str]]:
     serve.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [model for model, _ in REAL])
 def test_a_cascade_trained_by_the_real_verb_answers_alike_in_batch(
     world: World, bundles: dict[str, Bundle], model: str
@@ -169,6 +170,7 @@ def test_a_cascade_trained_by_the_real_verb_answers_alike_in_batch(
     assert_alike(three.read_answers(out), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [model for model, _ in SERVED])
 def test_a_cascade_trained_by_the_real_verb_answers_alike_over_http(
     bundles: dict[str, Bundle], urls: dict[str, str], model: str
@@ -178,6 +180,7 @@ def test_a_cascade_trained_by_the_real_verb_answers_alike_over_http(
                  three.answers_of(bundles[model], three.requests_of(asked)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "tasks"), REAL)
 def test_the_real_verb_trains_what_the_loop_trains_in_this_process(
     world: World, bundles: dict[str, Bundle], model: str, tasks: bool

@@ -156,7 +156,6 @@ def test_a_compiled_stage_has_run_when_its_bundle_is_loaded(
     assert {(1, 64), (2, 64)} <= set(seen)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # by its own compiler
 @pytest.mark.skipif(bool(missing_for_compiling(CPU)), reason=f"there is no {missing_for_compiling(CPU)}")
 def test_a_compiled_model_scores_and_orders_as_the_uncompiled_one(tiny_bundle: str):
