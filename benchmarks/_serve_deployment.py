@@ -104,7 +104,8 @@ def private_bytes(pid: int) -> int:
 
 
 class Redis:
-    """A Redis server on a free loopback port that forgets nothing it has answered, however it ends."""
+    """A Redis server on a free loopback port that forgets nothing it has answered, however its process ends: what it
+    has written before it answers is with the system, if not on the disk."""
 
     def __init__(self, folder: Path) -> None:
         server = shutil.which("redis-server")
@@ -114,7 +115,7 @@ class Redis:
         self._port = free_port()
         self.url = f"redis://127.0.0.1:{self._port}/0"
         self._command = [server, "--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
-                         "--appendfsync", "always", "--dir", str(folder)]
+                         "--appendfsync", "no", "--dir", str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

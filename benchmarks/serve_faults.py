@@ -53,7 +53,7 @@ from raycascade.bundle import add_to_manifest
 from tests.served import checked_bundle
 from tests.tiny_world import KEEPS
 
-USERS_MS = 500  # every write of this Redis goes to the disk before it is answered
+USERS_MS = 500  # everything shares a few cores
 BACK_S = 240.0  # the most that a replica may take to be back
 REDIS_AWAY_S, FOUND_AGAIN_S = 2.0, 3.0  # a gateway looks every half second whether Redis is back
 

@@ -3,6 +3,7 @@ by one, and what is late or fails costs the stage, not the answer."""
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.tiny_world import KEEPS, item_id
 WIDE = [item_id(number) for number in range(40)]
 QUERIES = [*(Query(user_id=user, trace=True) for user in (100, 103, 110, 124, 31)),
            Query.model_validate({"user_id": 100, "history": [item_id(4), item_id(9)], "trace": True}),
-           Query(user_id="nobody", exclude=WIDE, trace=True),
+           Query.model_validate({"user_id": "nobody", "exclude": WIDE, "trace": True}),
            Query(user_id=101, context={"device": "desk"}, trace=True)]
 
 
@@ -100,6 +101,20 @@ def no_stage_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the stage was asked")
 
     monkeypatch.setattr(LocalStage, "run", never)
+
+
+def test_the_time_of_a_stage_is_not_counted_to_the_encoding_too(bundle: Bundle, no_stage_is_asked: None):
+    gateway, _ = fused(bundle)
+
+    async def ask() -> None:
+        for query in QUERIES:
+            started = time.perf_counter()
+            answer = await gateway.recommend(query)
+            assert answer.timings_ms is not None
+            assert set(answer.timings_ms) == {"users", "encode", *KEEPS}
+            assert sum(answer.timings_ms.values()) <= 1000 * (time.perf_counter() - started) + 0.01  # they are rounded
+
+    asyncio.run(ask())
 
 
 def test_batches_go_through_every_stage_once_and_no_stage_is_asked(

@@ -239,6 +239,18 @@ def test_a_selfcheck_that_takes_too_long_changes_nothing(
     assert replica.gateway.versions.held == (versions["one"],)
 
 
+def test_a_damaged_copy_of_the_version_that_is_served_is_refused(uris: dict[str, str], tmp_path: Path):
+    release, bad = str(tmp_path / "release.json"), damaged(uris["one"], tmp_path)
+    both = fused_replica(uris["one"], release), StageReplica(uris["one"], "ranker", ServeOptions(), release)
+
+    async def work() -> None:
+        for replica in both:
+            with pytest.raises(BundleError, match="changed since it was written"):
+                await replica.prepare(bad)
+
+    run(work)
+
+
 def test_a_release_of_a_bad_bundle_is_one_line_in_the_log_and_the_old_one_serves(
     uris: dict[str, str], versions: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -118,11 +118,13 @@ class Gateway:
         contexts = [replace(context, request_id=f"{context.request_id}.{position}") if named else context
                     for position in range(len(queries))]
         entries = await self._entries(queries, model, contexts, states, named=named)
-        timings_ms = {"users": users_ms, "encode": round((time.monotonic() - started) * 1000 - users_ms, 3)}
+        encoded_ms = (time.monotonic() - started) * 1000 - users_ms
+        timings_ms = [{"users": users_ms, "encode": round(encoded_ms - 1000 * entry.request.ahead_s, 3)}
+                      for entry in entries]
         try:
             return await asyncio.gather(*(
-                self._answer(query, model, context, entry, timings_ms)
-                for query, context, entry in zip(queries, contexts, entries, strict=True)))
+                self._answer(query, model, context, entry, before_ms)
+                for query, context, entry, before_ms in zip(queries, contexts, entries, timings_ms, strict=True)))
         finally:
             for entry in entries:
                 entry.leave()

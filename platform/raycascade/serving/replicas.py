@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from raycascade import selfcheck
-from raycascade.bundle import Bundle, load_bundle, stated_version
+from raycascade.bundle import Bundle, load_bundle, stated_version, verify
 from raycascade.cascade import search_margin
 from raycascade.errors import BundleError, NotReady, RaycascadeError
 from raycascade.serving.batching import Batcher
@@ -103,7 +103,9 @@ class StageReplica:
         """Loads a bundle beside the others and checks it; its version. BundleError changes nothing."""
         async with self._loading:
             version = await asyncio.to_thread(stated_version, uri)
-            if version not in self._servers:
+            if version in self._servers:
+                await asyncio.to_thread(verify, uri)  # this copy of it may be damaged
+            else:
                 self._servers[version] = await asyncio.to_thread(checked_stage, uri, self.name)
             self._keep(version, PREPARED_S)
             return version
@@ -212,7 +214,9 @@ class GatewayReplica:
         NotReady where a stage does not answer, and nothing has changed."""
         async with self._loading:
             version = await asyncio.to_thread(stated_version, uri)
-            if version not in self.gateway.versions.held:
+            if version in self.gateway.versions.held:
+                await asyncio.to_thread(verify, uri)  # this copy of it may be damaged
+            else:
                 bundle = await asyncio.to_thread(self._load, uri)
                 model = ServedModel(bundle, self._stages_of(bundle, self._lanes), self._options, self._lanes)
                 try:

@@ -88,6 +88,11 @@ class OneRequest:
         self._columns: Hashable = (group.version, tuple(schema.names), tuple(schema.types))
         self._margin = search_margin(excluded)
 
+    @property
+    def ahead_s(self) -> float:
+        """What was computed ahead took so many seconds."""
+        return sum(one.seconds for one in self.ahead.values())
+
     def key(self, *, searching: bool) -> Hashable:
         """What requests of one batch have in common: their columns, to be one table, and the width of their search."""
         return self._columns, self._margin if searching else 0
