@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from raycascade import storage
-from raycascade.batch import Batch
 from raycascade.bundle import Bundle, add_to_manifest, load_bundle, stated_version
 from raycascade.errors import BundleError, ConfigError, NotReady
 from raycascade.serving import replicas
@@ -18,7 +17,7 @@ from raycascade.serving.lanes import Lanes
 from raycascade.serving.options import ServeOptions
 from raycascade.serving.replicas import GatewayReplica, StageReplica
 from raycascade.serving.requests import Query
-from raycascade.serving.stages import LocalStage, Lost, Stage, StageServer, Survivors, pack
+from raycascade.serving.stages import LocalStage, Lost, Stage, StageServer, pack
 from raycascade.serving.telemetry import Telemetry
 from raycascade.serving.versions import read_release, release_uri, write_release
 from tests.served import checked_bundle, patient
@@ -136,20 +135,14 @@ def test_a_gateway_changes_over_between_two_requests_and_lets_go_of_the_old_one(
 
 
 def test_a_request_on_its_way_keeps_its_version_and_holds_it(
-    uris: dict[str, str], versions: dict[str, str], tmp_path: Path
+    uris: dict[str, str], versions: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     replica = fused_replica(uris["one"], str(tmp_path / "release.json"))
-    gate = threading.Event()
-
-    class Held(StageServer):
-        def run(self, batch: Batch, before: Survivors | None) -> Survivors:
-            assert gate.wait(60.0)
-            return super().run(batch, before)
-
-    old = replica.gateway.active
+    gate, old = threading.Event(), replica.gateway.active
     ranker = old.stages["ranker"]
     assert isinstance(ranker, LocalStage)
-    ranker.server = Held(old.bundle, "ranker")
+    compute = ranker.server.run
+    monkeypatch.setattr(ranker.server, "run", lambda *both: gate.wait(60.0) and compute(*both))
 
     async def work() -> None:
         waiting = asyncio.create_task(replica.gateway.recommend(Query(user_id=100)))
