@@ -7,7 +7,7 @@ BENCHMARKS := $(filter-out benchmarks/_% benchmarks/peer_quality.py benchmarks/z
 DEVICE := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check fix bench docs clean
+.PHONY: help setup demo test full check fix bench docs clean
 
 help:  ## list the words
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -31,8 +31,9 @@ test: $(READY)  ## the tests but the slow ones: those without Ray on all cores, 
 	$(BIN)/pytest -n auto --dist worksteal tests/unit tests/contract
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" tests/flow tests/serve
 
-slow: $(READY)  ## the slow tests: drivers and workers that are killed, several workers, every reference config
-	$(BIN)/pytest -n 2 --dist loadfile -m slow tests/flow tests/serve
+full: $(READY)  ## every test, also the slow ones: killed drivers and workers, several workers, reference configs
+	$(BIN)/pytest -n auto --dist worksteal tests/unit tests/contract
+	$(BIN)/pytest -n 2 --dist loadfile tests/flow tests/serve
 
 check: $(READY)  ## lint, types and the direction of imports
 	$(BIN)/ruff check

@@ -6,10 +6,9 @@ Which part is which:
   `train` run (trees by the function that they run), saved and loaded as a bundle; scored in batch by the actor class of
   `score`, which reads and writes Parquet; served by the gateway, the stage servers and the HTTP interface that `serve`
   deploys, every stage with a bundle that it loads itself. Ray Train, Ray Data and Ray Serve are not around these.
-- The cascades in REAL (one with attention over the history, one with several tasks, and every fitted model) with the
-  real verbs: `train` on Ray Train (trees by XGBoostTrainer) and `score` on Ray Data. One more test holds them against
-  what the loop trains in this process. Those in SERVED are served by Ray Serve, a deployment for each stage, and asked
-  over a socket; `test_recommend.py` does so with a ranker like the one that is left out.
+- The cascades in REAL (one with several tasks, and every fitted model) with the real verbs: `train` on Ray Train (trees
+  by XGBoostTrainer) and `score` on Ray Data. One more test holds them against what the loop trains in this process.
+  They are served by Ray Serve, a deployment for each stage, and asked over a socket.
 
 Shards are made once, by `prepare`. `python -m tests.every_model` does all of it with the real verbs for every model.
 """
@@ -43,8 +42,7 @@ pytestmark = pytest.mark.ray
 
 TOLERANCE = 1e-5
 SPREAD = 1e-2  # of the scores in an answer, at least: equal scores would prove nothing
-REAL = [("din", False), ("mmoe", True), *((name, False) for name in three.FITTED)]
-SERVED = [(model, tasks) for model, tasks in REAL if tasks or model in three.FITTED]
+REAL = [("mmoe", True), *((name, False) for name in three.FITTED)]
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def urls(bundles: dict[str, Bundle]) -> Iterator[dict[str, str]]:
     """Composed deployments side by side in one Serve, by model."""
     started: dict[str, str] = {}
     port = 0
-    for model, _ in SERVED:
+    for model, _ in REAL:
         started[model] = serving.start(bundles[model].uri, patient(port=port), name=model, route_prefix=f"/{model}")
         port = urlsplit(started[model]).port or 0
     yield started
@@ -171,7 +169,7 @@ def test_a_cascade_trained_by_the_real_verb_answers_alike_in_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [model for model, _ in SERVED])
+@pytest.mark.parametrize("model", [model for model, _ in REAL])
 def test_a_cascade_trained_by_the_real_verb_answers_alike_over_http(
     bundles: dict[str, Bundle], urls: dict[str, str], model: str
 ):
